@@ -1,0 +1,64 @@
+"""What is adapted, and with how many experts of which rank."""
+
+import dataclasses
+
+DOUBLE_PROJECTIONS = tuple(
+    f"{stream}_{name}"
+    for stream in ("img", "txt")
+    for name in ("attn/q", "attn/k", "attn/v", "attn/proj", "mlp/mlp_in", "mlp/mlp_out")
+)
+SINGLE_PROJECTIONS = ("attn/q", "attn/k", "attn/v", "attn/proj", "mlp/mlp_in", "mlp/mlp_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """A set of (MoE-)LoRA adapters.
+
+    Attributes:
+      experts: routed experts; 0 makes every adapter a plain LoRA, its one expert always on.
+      rank: rank of each expert.
+      alpha: scale is alpha / rank; None means alpha = rank, as in the X2Edit releases.
+      top_k: routed experts a token uses.
+      double, single: adapted projections of either block kind, as paths inside the block.
+      series: those of `double` and `single` whose delta reads the projection's output:
+        h = proj(attention); h = h + delta(h).
+      tasks: rows of the task table; 0 where nothing is routed.
+      form: "static" or "routed": the same function, see `moe_lora`.
+    """
+
+    experts: int = 12
+    rank: int = 64
+    alpha: float | None = None
+    top_k: int = 2
+    double: tuple[str, ...] = ("img_attn/q", "img_attn/k", "img_attn/v", "img_attn/proj")
+    single: tuple[str, ...] = ("attn/q", "attn/k", "attn/v")
+    series: tuple[str, ...] = ("img_attn/proj",)
+    tasks: int = 16
+    form: str = "static"
+
+    def __post_init__(self):
+        unknown = [f"double: {n}" for n in self.double if n not in DOUBLE_PROJECTIONS]
+        unknown += [f"single: {n}" for n in self.single if n not in SINGLE_PROJECTIONS]
+        unknown += [f"series: {n}" for n in self.series if n not in self.double + self.single]
+        if unknown:
+            raise ValueError(
+                f"unknown projections {unknown}; double blocks have {DOUBLE_PROJECTIONS}, "
+                f"single blocks {SINGLE_PROJECTIONS}, and series names must be among the adapted"
+            )
+        wide = [n for n in self.series if "mlp/" in n]
+        if wide:
+            raise ValueError(f"a series adapter needs a square projection; {wide} are not")
+        if self.form not in ("static", "routed"):
+            raise ValueError(f"unknown form {self.form!r}: use 'static' or 'routed'")
+        if self.experts and not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k {self.top_k} must be between 1 and experts {self.experts}")
+        if bool(self.experts) != bool(self.tasks):
+            raise ValueError("routed experts need a task table, and only they do")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+X2EDIT = AdapterConfig()
+X2EDIT_TINY = AdapterConfig(experts=4, rank=16)
