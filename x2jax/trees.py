@@ -10,14 +10,33 @@ import numpy as np
 from flax import nnx
 
 
-def state_paths(state: nnx.State) -> dict[str, Any]:
-    """Path -> array (or ShapeDtypeStruct) of every variable, in path order."""
-    flat = {"/".join(map(str, p)): v[...] if _concrete(v) else v.get_value() for p, v in nnx.to_flat_state(state)}
-    return dict(sorted(flat.items()))
+Params = dict[str, Any]
+"""Path -> array, ShapeDtypeStruct or sharding."""
 
 
-def _concrete(variable) -> bool:
-    return not isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+class Skeleton:
+    """A module without its arrays: what `jit` closes over, while arrays travel as `Params`."""
+
+    def __init__(self, module: nnx.Module):
+        self.graphdef, state = nnx.split(module)
+        leaves, self.treedef = jax.tree.flatten(state)
+        self.paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+        self.abstract: Params = dict(zip(self.paths, leaves, strict=True))
+
+    def merge(self, *params: Params) -> Any:
+        """The module with the arrays of disjoint parts put back, by path."""
+        leaves = [next(p[path] for p in params if path in p) for path in self.paths]
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+def child(params: Params, name: str) -> Params:
+    """The parameters below one child, paths relative to it."""
+    return {p.removeprefix(name + "/"): v for p, v in params.items() if p.startswith(name + "/")}
+
+
+def prefixed(params: Params, name: str) -> Params:
+    """Inverse of `child`."""
+    return {f"{name}/{p}": v for p, v in params.items()}
 
 
 def matches(path: str, rules: Iterable[str]) -> bool:
