@@ -1,0 +1,1 @@
+"""Frozen encoders: the autoencoder and the language models."""
