@@ -249,7 +249,8 @@ def plan(
     entries: dict[str, Entry] = {}
     problems: list[str] = []
     filled: dict[str, list[Part]] = {path: [] for path in ours}
-    for name, (r, parts) in expand(table).items():
+    concrete = expand(table)
+    for name, (r, parts) in concrete.items():
         pieces = []
         for part in parts:
             if part.path not in ours:
@@ -271,7 +272,7 @@ def plan(
         problems += _coverage(path, shape, filled[path], table.name)
     ignored: tuple[str, ...] = ()
     if external is not None:
-        found, ignored = _compare(table, entries, external)
+        found, ignored = _compare(table, concrete, entries, external)
         problems += found
     if problems:
         raise WeightsError(f"{table.name} weights", problems)
@@ -312,11 +313,14 @@ def _coverage(path: str, shape: Shape, parts: list[Part], table: str) -> list[st
 
 
 def _compare(
-    table: Table, entries: Mapping[str, Entry], external: Mapping[str, Shape]
+    table: Table,
+    concrete: Mapping[str, object],
+    entries: Mapping[str, Entry],
+    external: Mapping[str, Shape],
 ) -> tuple[list[str], tuple[str, ...]]:
     problems, ignored = [], []
     for name, shape in external.items():
-        if name not in entries:
+        if name not in concrete:
             if table.ignores(name):
                 ignored.append(name)
             else:
@@ -324,7 +328,7 @@ def _compare(
                     f"unknown: {name} {tuple(shape)} is not a tensor of {table.name}; "
                     "is this the right format and size?"
                 )
-        elif tuple(shape) != entries[name].shape:
+        elif name in entries and tuple(shape) != entries[name].shape:
             where = ", ".join(map(str, entries[name].parts))
             problems.append(
                 f"mis-shaped: {name} is {tuple(shape)}, expected {entries[name].shape} for {where}"

@@ -73,7 +73,12 @@ class Checkpointer:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "ema": state.ema}
+    return {
+        "step": state.step,
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "ema": state.ema,
+    }
 
 
 def load_trainable(
@@ -109,7 +114,9 @@ def load_trainable(
             root / str(step) / "state",
             args=ocp.args.PyTreeRestore(
                 item={item: abstract},
-                restore_args={item: {p: ocp.RestoreArgs(restore_type=np.ndarray) for p in abstract}},
+                restore_args={
+                    item: {p: ocp.RestoreArgs(restore_type=np.ndarray) for p in abstract}
+                },
                 partial_restore=True,
             ),
         )

@@ -104,9 +104,14 @@ def parameter_table(trainable: Params, frozen: Params, shardings: Mapping) -> st
         groups.setdefault("/".join(path.split("/")[:2]), []).append(x)
     for name, xs in sorted(groups.items()):
         count = sum(x.size for x in xs)
-        rows.append((name + "/...", f"{count:,}", "/".join(sorted({str(x.dtype) for x in xs})), "", "no"))
+        rows.append(
+            (name + "/...", f"{count:,}", "/".join(sorted({str(x.dtype) for x in xs})), "", "no")
+        )
     head = ("parameter", "shape or count", "dtype", "sharding", "trains")
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(5)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
+        for r in [head, *rows]
+    ]
     total = sum(x.size for x in trainable.values()), sum(x.size for x in frozen.values())
     return "\n".join([*lines, f"trainable {total[0]:,}, frozen {total[1]:,} parameters"])

@@ -141,5 +141,3 @@ def batch_sharding(mesh: Mesh, *leading: None) -> NamedSharding:
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:
     """Each process's share of a host batch as one global array."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-

@@ -37,9 +37,7 @@ def make_step(
         accumulate = jax.tree.leaves(batches)[0].shape[0]
 
         def micro(i, batch):
-            (value, metrics), grads = grad(
-                state.params, frozen, batch, jax.random.fold_in(key, i)
-            )
+            (value, metrics), grads = grad(state.params, frozen, batch, jax.random.fold_in(key, i))
             return grads, {"loss": value, **metrics}
 
         if accumulate == 1:

@@ -58,7 +58,11 @@ class Adapters(nnx.Module):
                 return nnx.Dict(
                     {
                         m: nnx.Dict(
-                            {p.split("/")[1]: adapter(p, rngs) for p in paths if p.startswith(m + "/")}
+                            {
+                                p.split("/")[1]: adapter(p, rngs)
+                                for p in paths
+                                if p.startswith(m + "/")
+                            }
                         )
                         for m in modules
                     }

@@ -19,9 +19,7 @@ def gate_scores(
     gate_task: Float[Array, "D E"],
 ) -> Float[Array, "B L E"]:
     """softmax([x, task] Wg^T) in float32; the task half is computed once a sample."""
-    x_logits = jnp.einsum(
-        "BLD,DE->BLE", x_BLD.astype(jnp.float32), gate_x.astype(jnp.float32)
-    )
+    x_logits = jnp.einsum("BLD,DE->BLE", x_BLD.astype(jnp.float32), gate_x.astype(jnp.float32))
     task_logits = task_BD.astype(jnp.float32) @ gate_task.astype(jnp.float32)
     return jax.nn.softmax(x_logits + task_logits[:, None], axis=-1)
 
@@ -116,7 +114,9 @@ class MoELoRA(nnx.Module):
         if experts:
             # Kaiming-uniform with a = sqrt(5) over fan-in 2D, as torch initialises its linears.
             bound = 1 / math.sqrt(2 * in_width)
-            uniform = dict(shape=(in_width, experts), dtype=param_dtype, minval=-bound, maxval=bound)
+            uniform = dict(
+                shape=(in_width, experts), dtype=param_dtype, minval=-bound, maxval=bound
+            )
             self.gate_x = nnx.Param(jax.random.uniform(rngs.params(), **uniform))
             self.gate_task = nnx.Param(jax.random.uniform(rngs.params(), **uniform))
         else:

@@ -28,7 +28,9 @@ class FluxConfig:
                 f"heads x head_dim = {self.heads} x {self.head_dim} must equal width {self.width}"
             )
         if sum(self.axes) != self.head_dim or any(a % 2 for a in self.axes):
-            raise ValueError(f"rope axes {self.axes} must be even and sum to head_dim {self.head_dim}")
+            raise ValueError(
+                f"rope axes {self.axes} must be even and sum to head_dim {self.head_dim}"
+            )
 
     @property
     def mlp_width(self) -> int:

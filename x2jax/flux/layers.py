@@ -85,7 +85,9 @@ class ModulationLayer(nnx.Module):
 
     def __init__(self, width: int, count: int, *, dtype, param_dtype, rngs):
         self.count = count
-        self.lin = nnx.Linear(width, 3 * count * width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.lin = nnx.Linear(
+            width, 3 * count * width, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
 
     def __call__(self, vec_B2D, is_source_BL=None) -> list[Modulation]:
         """Modulations by token, or by sample (row 0) where no roles are given."""

@@ -164,9 +164,7 @@ class X2Edit:
         is_target = clean.roles_BI == TARGET
         noise = jax.random.normal(noise_key, clean.tokens_BIC.shape)
         x_t = flow.noised(clean.tokens_BIC, noise, sigma_B)
-        stream = clean._replace(
-            tokens_BIC=jnp.where(is_target[..., None], x_t, clean.tokens_BIC)
-        )
+        stream = clean._replace(tokens_BIC=jnp.where(is_target[..., None], x_t, clean.tokens_BIC))
         probe = None
         if self.objective.contrastive:
             probe = losses.gram_probe(is_target, stop_gradient=self.objective.stop_gradient)
