@@ -288,7 +288,7 @@ def _joined(name: str, r: Rule, pieces: list[Shape], problems: list[str]) -> Sha
         problems.append(
             f"mis-shaped: {name} is cut into {sizes} along axis {axis}, ours are {pieces}"
         )
-    return pieces[0][:axis] + (sum(sizes),) + pieces[0][axis + 1 :]
+    return (*pieces[0][:axis], sum(sizes), *pieces[0][axis + 1 :])
 
 
 def _coverage(path: str, shape: Shape, parts: list[Part], table: str) -> list[str]:

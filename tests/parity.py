@@ -16,7 +16,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every weight a value that matters: no zero biases, no unit scales; returns the module."""
+    """Gives every weight a value that matters: no zero bias, no unit scale; returns the module."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -36,7 +36,7 @@ def tensors(module: torch.nn.Module) -> dict[str, np.ndarray]:
 def fill(
     make: Callable[[], nnx.Module], table: Table, source: Mapping[str, np.ndarray]
 ) -> nnx.Module:
-    """Our module with the weights of `source`; checks that exporting gives `source` back, exactly."""
+    """Our module with the weights of `source`; checks that exporting gives `source` back."""
     skeleton = Skeleton(nnx.eval_shape(make))
     shapes = {path: tuple(x.shape) for path, x in skeleton.abstract.items()}
     found = plan(table, shapes, {k: v.shape for k, v in source.items()})

@@ -55,12 +55,12 @@ class Checkpointer:
             state=ocp.args.StandardRestore(_as_dict(abstract)), meta=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=args)
-        return TrainState(**restored.state), restored.meta
+        return TrainState(**restored["state"]), restored["meta"]
 
     def meta(self, step: int) -> dict:
         """Meta of a step alone, to check a run before its state is built."""
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args).meta
+        return self._manager.restore(step, args=args)["meta"]
 
     def preempted(self, step: int) -> bool:
         """Whether the platform asked this job to stop; poll it on every host at every step."""

@@ -24,7 +24,7 @@ def sample_u(
     Args:
       key: PRNG key.
       shape: shape of the draw.
-      scheme: one of `DENSITIES`. "sigma_sqrt" draws uniformly; it is a loss weighting, see `weight`.
+      scheme: one of `DENSITIES`. "sigma_sqrt" and "cosmap" draw uniformly: see `weight`.
       mean, std: of the normal under "logit_normal".
       mode_scale: of "mode".
 

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-
 Params = dict[str, Any]
 """Path -> array, ShapeDtypeStruct or sharding."""
 
@@ -59,7 +58,7 @@ def nbytes(tree: Any) -> int:
 
 
 def fingerprint(params: Mapping[str, Any], samples: int = 1024) -> str:
-    """A short hash of names, shapes and evenly spaced values: tells one set of weights from another.
+    """A short hash of names, shapes and evenly spaced values: tells sets of weights apart.
 
     Reads at most `samples` values of each array, so 24 GB cost little more than 24 MB.
     """

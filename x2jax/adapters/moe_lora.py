@@ -127,7 +127,7 @@ class MoELoRA(nnx.Module):
     ) -> Float[Array, "B L O"]:
         """The delta, in x's dtype."""
         gate = None
-        if self.gate_x is not None:
+        if self.gate_x is not None and self.gate_task is not None:
             if task_BD is None:
                 raise ValueError("these adapters route by task: pass a task embedding")
             scores = gate_scores(x_BLD, task_BD, self.gate_x[...], self.gate_task[...])

@@ -1,8 +1,8 @@
 """The FLUX.1 autoencoder (diffusers `AutoencoderKL`), NHWC, on a masked canvas.
 
 Images of different sizes share one canvas: each lies top-left, with its valid size given as data.
-The input of every 3x3 convolution is zeroed outside the valid area (what the unpadded network's zero
-padding is), group statistics count valid pixels only, and the attention masks padded keys. So the
+The input of every 3x3 convolution is zeroed outside the valid area (the unpadded network's zero
+padding), group statistics count valid pixels only, and the attention masks padded keys. So the
 valid part of the result equals that of the unpadded network, and every aspect ratio is one program.
 """
 
@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """`AutoencoderKL`. All sizes are valid (height, width) in *pixels*; None means the full canvas."""
+    """`AutoencoderKL`. All sizes are valid (height, width) in *pixels*; None: the full canvas."""
 
     def __init__(
         self, cfg: VAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
@@ -209,7 +209,7 @@ class VAE(nnx.Module):
     def decode(
         self, z: Float[Array, "B h w c"], sizes_B2: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B H W 3"]:
-        """Pixels about [-1, 1] (not clipped), in the compute dtype, from raw (denormalised) latents.
+        """Pixels about [-1, 1] (not clipped), in the compute dtype, from denormalised latents.
 
         Args:
           z: latents; what lies outside the valid area is ignored.

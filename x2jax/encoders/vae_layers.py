@@ -1,6 +1,6 @@
-"""Layers of the autoencoder, NHWC. `sizes_B2` are valid (height, width) at a layer's own resolution.
+"""Layers of the autoencoder, NHWC. `sizes_B2` are valid (height, width) at a layer's resolution.
 
-What lies outside the valid area is arbitrary between layers: whoever mixes pixels (3x3 convolutions,
+What lies outside the valid area is arbitrary between layers: whoever mixes pixels (convolutions,
 group statistics, attention) masks its input. None for the sizes costs nothing.
 """
 
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
 
 
 def _in_chunks(rows, q_BLC, chunk):
-    """rows(q) computed `chunk` queries at a time; the scores of a chunk are not kept for gradients."""
+    """rows(q) computed `chunk` queries at a time; a chunk's scores are not kept for gradients."""
     batch, length, channels = q_BLC.shape
     if length <= chunk:
         return rows(q_BLC)
@@ -127,7 +127,7 @@ class MidBlock(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Resnets of one resolution, then the convolution that halves or doubles it ("" for neither)."""
+    """Resnets of one resolution, then the convolution that halves or doubles it ("": neither)."""
 
     def __init__(self, cin: int, cout: int, layers: int, resample: str, groups: int, **kw):
         self.resample = resample

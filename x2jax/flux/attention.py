@@ -7,6 +7,7 @@ ever empty.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def _splash(q, k, v, lengths):
     )
     to_heads = functools.partial(_pad_to_heads, padded=padded)
     segments = (jnp.arange(padded)[None] < lengths[:, None]).astype(jnp.int32)
-    out = jax.vmap(lambda q, k, v, s: splash(q, k, v, kernel.SegmentIds(s, s)))(
+    out: Any = jax.vmap(lambda q, k, v, s: splash(q, k, v, kernel.SegmentIds(s, s)))(
         to_heads(q * (1.0 / math.sqrt(head_dim))),  # splash does not scale
         to_heads(k),
         to_heads(v),

@@ -1,4 +1,4 @@
-"""The packed image stream: target, source and padding tokens as data, so one program fits all sizes.
+"""The packed image stream: target, source and padding tokens as data: one program for all sizes.
 
 A canvas holds one image top-left, zeros beyond its size. Packing gathers the valid 2x2 patches of
 all of a sample's canvases, one image after another, into a fixed budget of tokens.

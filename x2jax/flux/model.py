@@ -18,7 +18,7 @@ REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention", "attention_residuals"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""Remat policies by name; "none" keeps every activation. Memory at full size: jax.md section 1.5."""
+"""Remat policies by name; "none" keeps every activation."""
 
 
 class FluxOutput(NamedTuple):

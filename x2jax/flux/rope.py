@@ -9,7 +9,7 @@ def rope_angles(
 ) -> Float[Array, "B L half"]:
     """Angles of every rotated pair; axis a owns axes[a] / 2 pairs of the head dimension.
 
-    Float32 throughout: row + offset reaches 219 at 1024 px, and bf16 angles are wrong by degrees there.
+    Float32 throughout: row + offset reaches 219 at 1024 px, where bf16 is off by degrees.
     """
     angles = []
     for axis, dim in enumerate(axes):

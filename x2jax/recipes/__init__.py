@@ -1,1 +1,0 @@
-"""Recipes: what trains, on what, towards what. The loop, step and checkpoints are shared."""
