@@ -1,0 +1,1 @@
+"""Edit pairs from tar shards to batches: index once, then read by position."""

@@ -1,0 +1,31 @@
+"""The one batch type that the loader makes and every recipe reads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Bool, Int32, UInt8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch of edits: numpy arrays from the loader, jax arrays in the step.
+
+    Every image lies at the top left of a canvas that is the same for the whole run, so one
+    compiled program serves all aspect ratios. Slot 0 is the target, slots 1 and up are the
+    sources. Shape suffixes: B batch, S image slots, T text tokens.
+    """
+
+    pixels: UInt8[Array, "B S Hc Wc 3"]  # RGB, zero outside the valid size
+    sizes: Int32[Array, "B S 2"]  # valid (height, width) in pixels; (0, 0) is an empty slot
+    text_ids: Int32[Array, "B T"]  # left-padded
+    text_mask: Bool[Array, "B T"]  # True where there is a token
+    task: Int32[Array, "B"]  # 0 to 15, see x2jax.data.tasks.TASKS
+    sample_id: Int32[Array, "B"]  # position in the index
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples, B."""
+        return self.task.shape[0]
