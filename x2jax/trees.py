@@ -28,6 +28,11 @@ class Skeleton:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
 
+def state_params(module: nnx.Module) -> Params:
+    """The arrays of a module, by path."""
+    return {"/".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(nnx.state(module))}
+
+
 def child(params: Params, name: str) -> Params:
     """The parameters below one child, paths relative to it."""
     return {p.removeprefix(name + "/"): v for p, v in params.items() if p.startswith(name + "/")}

@@ -1,0 +1,71 @@
+"""Frozen weights by name: "tiny", or folders in the public layouts. One loading path for both."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converters.rules import Table
+
+TINY = Path(__file__).parent / "tiny" / "weights"
+
+
+class Source(NamedTuple):
+    """Where one child of a model comes from.
+
+    Attributes:
+      path: file or folder of weights.
+      table: rule table that reads it; None for files in our own naming.
+      config: the architecture that the folder's config describes.
+    """
+
+    path: Path
+    table: Table | None
+    config: Any
+
+
+HOW = {
+    "flux": "a diffusers folder of FLUX.1 with transformer/ and vae/, as `hf download "
+    "black-forest-labs/FLUX.1-dev --local-dir DIR` makes it",
+    "mllm": "a transformers folder of Qwen2.5-VL, as `hf download Qwen/Qwen2.5-VL-7B-Instruct "
+    "--local-dir DIR` makes it",
+    "alignnet": "an AlignNet file (diffusion_pytorch_model.bin or .safetensors) of X2I or X2Edit, as "
+    "`hf download OPPOer/X2Edit --local-dir DIR` makes it",
+    "data": "a glob of X2Edit tar shards such as 'X2Edit_data/*/*/*.tar', as `hf download "
+    "OPPOer/X2Edit-Dataset --repo-type dataset --local-dir X2Edit_data` makes it",
+}
+
+
+def require(config: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Raises ValueError naming every empty source, with how to get each."""
+    missing = [n for n in names if not config[n]]
+    if missing:
+        lines = [f"  --config.{n}=...  {HOW[n]}" for n in missing]
+        raise ValueError("this config needs sources that are not set:\n" + "\n".join(lines))
+
+
+def folder(name: str, option: str, tiny: str) -> Path:
+    """The folder of a source; "tiny" stands for the embedded family.
+
+    Raises:
+      FileNotFoundError: it does not exist.
+    """
+    path = TINY / tiny if name == "tiny" else Path(name).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"--config.{option}={name}: {path} does not exist; needs {HOW[option]}")
+    return path
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a folder.
+
+    Raises:
+      FileNotFoundError: there is none. ValueError: it is not JSON.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: is {directory.parent} a model folder?")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
