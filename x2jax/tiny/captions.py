@@ -128,16 +128,21 @@ def background(scene: Scene, language: Language) -> str:
         return f"a {kind} {scene.background_colour} background"
     if zh:
         return CHINESE[kind]
-    return kind if kind == "snow" else ("the " if kind == "sea" else "a ") + kind
+    return {"snow": "snow", "sea": "the sea", "starry sky": "a starry sky"}.get(kind, f"a {kind}")
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None, language: Language = "en") -> str:
-    """Describe a scene in one sentence: objects with place and size, background, word, style, tone.
+def caption(
+    scene: Scene,
+    rng: np.random.Generator | None = None,
+    language: Language = "en",
+    form: int = 0,
+) -> str:
+    """Describe a scene in one sentence: objects, background, word, style and tone.
 
-    With `rng` the wording varies; without it the first wording is used.
+    Forms 0 and 1 name sizes and places, form 2 does not; `rng` draws the form.
     """
     zh = language == "zh"
-    form = 0 if rng is None else int(rng.integers(3))
+    form = form if rng is None else int(rng.integers(3))
     things = []
     for obj in scene.objects:
         noun, size, at = name(obj, language, details=True), size_name(obj), position_name(obj)

@@ -48,8 +48,8 @@ def background(scene: Scene, x: np.ndarray, y: np.ndarray, px: float) -> np.ndar
         alpha = np.clip(0.5 + np.sin(wave * np.pi) / (3.2 * np.pi * px), 0, 1)[..., None]
         return mix(rgb(30, 128, 190), rgb(70, 172, 222), alpha)
     if kind == "snow":
-        sky = mix(rgb(176, 204, 232), rgb(206, 224, 242), down)
-        return mix(sky, rgb(250, 252, 255), cover(0.15 - 0.1 * np.sin(x * 2.5 + 1) - y))
+        sky = mix(rgb(140, 178, 222), rgb(176, 204, 234), down)
+        return mix(sky, rgb(220, 231, 244), cover(0.15 - 0.1 * np.sin(x * 2.5 + 1) - y))
     if kind == "starry sky":
         # One star per cell of a skewed lattice: endless, so that the camera may move.
         u, v = (x + 0.35 * y) / 0.42, (y - 0.35 * x) / 0.42

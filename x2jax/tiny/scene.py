@@ -108,7 +108,7 @@ def backdrop(rng: np.random.Generator, avoid_colours=()) -> tuple[str, str]:
     hidden = {"green": "meadow", "yellow": "beach", "blue": "sea", "black": "starry sky"}
     hidden |= {"white": "snow", "purple": "starry sky"}
     kind = pick(rng, BACKGROUNDS, {hidden[c] for c in avoid_colours if c in hidden})
-    return kind, pick(rng, COLOURS, {*avoid_colours, "brown", "black"})
+    return kind, pick(rng, COLOURS, {*avoid_colours, "brown", "black", "white"})
 
 
 def fits(objects, obj: Object) -> bool:
@@ -116,14 +116,21 @@ def fits(objects, obj: Object) -> bool:
     return all(np.hypot(o.x - obj.x, o.y - obj.y) > 0.94 * (o.size + obj.size) for o in objects)
 
 
-def sample_scene(rng: np.random.Generator, objects: int | None = None, figure: str = "") -> Scene:
+def sample_scene(
+    rng: np.random.Generator,
+    objects: int | None = None,
+    figure: str = "",
+    written: bool | None = None,
+) -> Scene:
     """A random realistic, neutral scene of 1-3 objects that differ in colour and in shape.
 
-    `objects` fixes their number (and leaves the word away when it is given); `figure` ("face" or
-    "person") makes the first object that figure.
+    `objects` fixes their number, `figure` ("face" or "person") makes the first object that figure.
+    `written` says whether there is a word; None: sometimes, if `objects` is None.
     """
     count = int(rng.integers(1, 4)) if objects is None else objects
-    word = pick(rng, WORDS) if objects is None and count < 3 and rng.random() < 0.25 else ""
+    if written is None:
+        written = objects is None and count < 3 and rng.random() < 0.25
+    word = pick(rng, WORDS) if written else ""
     word_at = pick(rng, ("top", "bottom"))
     found: list[Object] = []
     while len(found) < count:
@@ -138,8 +145,10 @@ def sample_scene(rng: np.random.Generator, objects: int | None = None, figure: s
         extra = pick(rng, ACCESSORIES) if kind == "face" else ""
         for _ in range(20):
             x, y = rng.uniform(-1, 1, 2) * max(0.0, 0.94 - radius)
-            if word:
-                y = y * 0.5 + (0.26 if word_at == "top" else -0.26)
+            if word:  # clear of the banner, a fifth of the picture
+                y = y * max(0.0, 0.78 - radius) / (0.94 - radius) + (
+                    0.2 if word_at == "top" else -0.2
+                )
             angle = 0.0
             candidate = Object(
                 kind, colour, material, float(x), float(y), radius, angle, pick(rng, pose), extra

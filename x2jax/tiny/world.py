@@ -181,12 +181,12 @@ def render(scene: Scene, size: tuple[int, int] = (64, 64)) -> np.ndarray:
                 view += (colour - view) * np.clip(0.5 - distance / local_px, 0, 1)[..., None]
         if scene.style == "cartoon":
             image *= 1 - _outlines(scene, size, line * 1.25)[..., None]
-    if scene.word:
-        _write_word(image, scene, size)
     if scene.style == "pixel art":
         block = max(2, min(size) // 16)
         rows, cols = (np.minimum(np.arange(n) // block * block + block // 2, n - 1) for n in (h, w))
         image = image[rows][:, cols]
+    if scene.word:
+        _write_word(image, scene, size)
     if scene.tone != "neutral":
         image = image @ np.array(_TONE_MATRICES[scene.tone], np.float32).T
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
