@@ -63,8 +63,8 @@ def walk(file: BinaryIO, problems: list[str]) -> Iterator[Member]:
         data, kind = at + BLOCK, header[156:157]
         if data + size > end:
             problems.append(
-                f"truncated: member {long_name or _name(header)!r} at byte {at} needs {size} bytes, "
-                f"{end - data} are there"
+                f"truncated: member {long_name or _name(header)!r} at byte {at} needs {size} "
+                f"bytes, {end - data} are there"
             )
             return
         at = data + -(-size // BLOCK) * BLOCK

@@ -1,0 +1,341 @@
+"""An index of tar shards, made once: where every usable sample lies, and why others are not used.
+
+The shards are those of X2Edit-Dataset: adjacent members of one stem, `STEM.1.0.jpg` or
+`STEM.1.jpg` (source), `STEM.2.jpg` (target) and `STEM.json`.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from x2jax.data import records, tasks, transforms
+from x2jax.data.tar_walk import Member, walk
+
+VERSION = 1
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+NAMES_KEPT = 1000
+"""Dropped samples named per reason in the report; all are counted."""
+
+_HEADER = 1 << 16
+_COLUMNS = {
+    "shard": np.int32,
+    "task": np.uint8,
+    "languages": np.uint8,
+    "target": np.int64,
+    "source": np.int64,
+    "record": np.int64,
+    "target_size": np.int32,
+    "source_size": np.int32,
+}
+
+
+@dataclasses.dataclass
+class Report:
+    """What an index kept and dropped.
+
+    Attributes:
+      kept: samples by task name. dropped: samples by reason. names: of dropped samples, by reason.
+      languages: samples that have an instruction in "en" and "zh".
+      problems: (shard, what is wrong with it).
+    """
+
+    kept: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    names: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    languages: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def drop(self, reason: str, name: str) -> None:
+        """Counts a dropped sample and keeps its name."""
+        self.dropped[reason] += 1
+        kept = self.names.setdefault(reason, [])
+        if len(kept) < NAMES_KEPT:
+            kept.append(name)
+
+    def add(self, other: Report) -> None:
+        """Adds the report of another shard."""
+        self.kept += other.kept
+        self.dropped += other.dropped
+        self.languages += other.languages
+        self.problems += other.problems
+        for reason, names in other.names.items():
+            kept = self.names.setdefault(reason, [])
+            kept.extend(names[: NAMES_KEPT - len(kept)])
+
+    def __str__(self) -> str:
+        langs = ", ".join(f"{n} with {k} instruction" for k, n in sorted(self.languages.items()))
+        lines = [f"index: kept {self.kept.total()} samples ({langs or 'none'})"]
+        lines += [f"  {n:>9}  {name}" for name, n in self.kept.most_common()]
+        lines += [f"index: dropped {self.dropped.total()}"]
+        lines += [f"  {n:>9}  {reason}" for reason, n in self.dropped.most_common()]
+        lines += [f"index: {shard}: {problem}" for shard, problem in self.problems]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Samples by position; N of them.
+
+    Attributes:
+      shards: paths of the tars.
+      columns: by name, (N,) or (N, 2): shard number, task, language bits, (offset, size) of
+        target, source and record in the shard (source (0, 0) where there is none), and
+        (width, height) of target and source.
+      stems: (N,) bytes, names of the samples in their shards.
+      active: positions to train on; all but the held-out ones.
+      report: of the making of this index.
+    """
+
+    shards: tuple[str, ...]
+    columns: dict[str, np.ndarray]
+    stems: np.ndarray
+    active: np.ndarray
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.active)
+
+    def name(self, sample: int) -> str:
+        """SHARD:STEM of a position."""
+        shard = self.shards[self.columns["shard"][sample]]
+        return f"{shard}:{self.stems[sample].decode('utf-8', 'replace')}"
+
+    def by_task(self) -> dict[int, np.ndarray]:
+        """Active positions by task."""
+        of = self.columns["task"][self.active]
+        return {int(t): self.active[of == t] for t in np.unique(of)}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what is in the index and active; not of where the shards lie."""
+        h = hashlib.sha256()
+        for array in (*(self.columns[k] for k in _COLUMNS), self.stems, self.active):
+            h.update(np.ascontiguousarray(array).tobytes())
+        return h.hexdigest()[:16]
+
+
+def find_shards(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Paths of tars, sorted, from globs, files and folders.
+
+    Raises:
+      FileNotFoundError: a pattern that matches nothing.
+    """
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        wanted = os.path.expanduser(str(pattern))
+        wanted = os.path.join(wanted, "**", "*.tar") if os.path.isdir(wanted) else wanted
+        # A plain path may hold glob characters.
+        paths = [wanted] if os.path.isfile(wanted) else glob.glob(wanted, recursive=True)
+        paths = [p for p in paths if os.path.isfile(p)]
+        if not paths:
+            raise FileNotFoundError(f"no tar shard matches {pattern!r}: check the path or glob")
+        found.update(paths)
+    return tuple(sorted(found))
+
+
+def build_index(
+    patterns: str | Sequence[str],
+    cache: str | Path | None = None,
+    *,
+    filters: records.Filters | None = records.Filters(),  # noqa: B008  (frozen)
+    workers: int = 8,
+    progress: bool = True,
+) -> Index:
+    """Reads the index of the shards from `cache`, or makes it and saves it there.
+
+    Args:
+      patterns: globs, files or folders of tars.
+      cache: folder for `index.npz` and `index_report.json`; None keeps nothing.
+      filters: score thresholds; None uses every sample.
+      workers: threads.
+      progress: prints the report and a progress bar.
+
+    Raises:
+      FileNotFoundError: a pattern matches nothing.
+      ValueError: no sample is usable.
+    """
+    shards = find_shards(patterns)
+    key = _cache_key(shards, filters)
+    cached = None if cache is None else Path(cache) / "index.npz"
+    index = _load(cached, key) if cached is not None else None
+    if index is None:
+        index = _make(shards, filters, workers, progress)
+        if cached is not None:
+            _save(index, cached, key)
+    if progress:
+        print(index.report, flush=True)
+    if not len(index):
+        raise ValueError(f"no usable sample in {len(shards)} shards:\n{index.report}")
+    return index
+
+
+def split_held_out(index: Index, n: int, seed: int) -> tuple[Index, np.ndarray]:
+    """Takes `n` samples out of training, as evenly over the tasks as they allow.
+
+    Returns:
+      The index without them, and their positions (n,), tasks in turn.
+
+    Raises:
+      ValueError: there are not `n` samples to spare; two of each task stay.
+    """
+    rng = np.random.default_rng([seed, 2])
+    spare = {
+        t: list(rng.permutation(ids)[: max(0, len(ids) - 2)]) for t, ids in index.by_task().items()
+    }
+    room = sum(map(len, spare.values()))
+    if n > room:
+        raise ValueError(f"cannot hold out {n} samples: {room} can be spared of {len(index)}")
+    taken: list[int] = []
+    while len(taken) < n:
+        turn = [int(ids.pop(0)) for ids in spare.values() if ids]
+        taken += turn[: n - len(taken)]
+    held = np.array(taken, np.int64)
+    return dataclasses.replace(index, active=np.setdiff1d(index.active, held)), held
+
+
+def _cache_key(shards: tuple[str, ...], filters: records.Filters | None) -> str:
+    files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in shards]
+    settings = dataclasses.asdict(filters) if filters else None
+    text = json.dumps([VERSION, files, settings, sorted(tasks.ALIASES.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _groups(file: BinaryIO, problems: list[str]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(stem, members by suffix) of adjacent members; a repeated suffix starts the next sample."""
+    stem, run, members = "", -1, {}
+    for member in walk(file, problems):
+        folder, _, base = member.name.rpartition("/")
+        first, _, suffix = base.partition(".")
+        name = f"{folder}/{first}" if folder else first
+        if (name, member.run) != (stem, run) or suffix in members:
+            if members:
+                yield stem, members
+            stem, run, members = name, member.run, {}
+        members[suffix] = member
+    if members:
+        yield stem, members
+
+
+def _make(
+    shards: tuple[str, ...], filters: records.Filters | None, workers: int, progress: bool
+) -> Index:
+    report, rows, stems = Report(), collections.defaultdict(list), []
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+        results = pool.map(lambda n: _index_shard(n, shards[n], filters), range(len(shards)))
+        for found, names, part in tqdm(
+            results, "indexing", len(shards), unit="shard", disable=not progress
+        ):
+            for row in found:
+                for key, value in row.items():
+                    rows[key].append(value)
+            stems += names
+            report.add(part)
+    pairs = ("target", "source", "record", "target_size", "source_size")
+    columns = {
+        k: np.array(rows[k], dtype).reshape((-1, 2) if k in pairs else (-1,))
+        for k, dtype in _COLUMNS.items()
+    }
+    return Index(shards, columns, np.array(stems, np.bytes_), np.arange(len(stems)), report)
+
+
+def _index_shard(
+    number: int, path: str, filters: records.Filters | None
+) -> tuple[list[dict[str, Any]], list[bytes], Report]:
+    report, rows, stems, problems = Report(), [], [], []
+    with open(path, "rb") as file:
+        for stem, members in _groups(file, problems):
+            try:
+                row = _index_sample(file, members, filters)
+            except records.Dropped as e:
+                report.drop(str(e), f"{path}:{stem}")
+                continue
+            rows.append({"shard": number} | row)
+            stems.append(stem.encode())
+            report.kept[tasks.TASKS[row["task"]]] += 1
+            for bit, language in ((records.ENGLISH, "en"), (records.CHINESE, "zh")):
+                report.languages[language] += bool(row["languages"] & bit)
+    report.problems = [(path, p) for p in problems]
+    return rows, stems, report
+
+
+def _index_sample(
+    file: BinaryIO, members: dict[str, Member], filters: records.Filters | None
+) -> dict[str, Any]:
+    if "json" not in members:
+        raise records.Dropped("no JSON")
+    file.seek(members["json"].offset)
+    record = records.parse(file.read(members["json"].size))
+    task = records.task_of(record)
+    languages = sum(records.instructions(record))
+    if not languages:
+        raise records.Dropped("no instruction")
+    if filters is not None:
+        records.check_scores(record, filters)
+    row: dict[str, Any] = {"task": task, "languages": languages, "record": members["json"][1:3]}
+    for role, stems in (("target", ("2",)), ("source", ("1.0", "1"))):
+        names = [f"{s}.{suffix}" for s in stems for suffix in IMAGE_SUFFIXES]
+        member = next((members[n] for n in names if n in members), None)
+        if member is None:
+            raise records.Dropped(f"no {role} image")
+        row[role] = member[1:3]
+        row[f"{role}_size"] = _image_size(file, member, role)
+    return row
+
+
+def _image_size(file: BinaryIO, member: Member, role: str) -> tuple[int, int]:
+    for length in (min(member.size, _HEADER), member.size):  # a long EXIF block comes first
+        file.seek(member.offset)
+        try:
+            return transforms.header_size(file.read(length))
+        except transforms.BadImage:
+            continue
+    raise records.Dropped(f"{role} image has no header")
+
+
+def _save(index: Index, path: Path, key: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(vars(index.report), ensure_ascii=False, indent=1)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        np.savez(
+            file,
+            key=np.array(key),
+            shards=np.array(index.shards),
+            stems=index.stems,
+            report=np.array(text),
+            **{f"column_{k}": v for k, v in index.columns.items()},
+        )
+    os.replace(temporary, path)
+    temporary = path.with_name(f".index_report.json.{os.getpid()}")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path.with_name("index_report.json"))
+
+
+def _load(path: Path, key: str) -> Index | None:
+    """The saved index, or None where there is none for these shards and settings."""
+    try:
+        with np.load(path) as saved:
+            if str(saved["key"]) != key:
+                return None
+            raw = json.loads(str(saved["report"]))
+            columns = {k: saved[f"column_{k}"] for k in _COLUMNS}
+            shards, stems = tuple(map(str, saved["shards"])), saved["stems"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    counters = {k: collections.Counter(raw[k]) for k in ("kept", "dropped", "languages")}
+    problems = [(s, p) for s, p in raw["problems"]]
+    report = Report(**counters, names=raw["names"], problems=problems)
+    return Index(shards, columns, stems, np.arange(len(stems)), report)
