@@ -1,0 +1,100 @@
+"""Torch pickles, read weights-only and written; the one place that imports torch."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from converters.rules import WeightsError
+from converters.safetensors_io import Tensors
+
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def have_torch() -> bool:
+    """Whether pickles can be read and written here."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            f"{path} is a torch pickle, and torch is not installed: pip install 'x2jax[torch]', or "
+            "use the safetensors form of the file"
+        ) from None
+    return torch
+
+
+def read(path: str | Path) -> Tensors:
+    """The state dict in a pickle, mapped where the file allows it. No code in it is run.
+
+    Raises:
+      ImportError: torch is not installed.
+      WeightsError: damaged, or holds anything besides tensors by name.
+    """
+    path = Path(path)
+    torch = _torch(path)
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        reason = str(e).strip().split("\n")[0]
+        raise WeightsError(
+            f"unreadable pickle {path}",
+            [f"{type(e).__name__}: {reason}; truncated, not a torch file, or more than weights"],
+        ) from None
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]  # the {"config", "state_dict"} wrapping
+    if not isinstance(state, Mapping):
+        raise WeightsError(
+            f"pickle {path}", [f"holds a {type(state).__name__}, not tensors by name"]
+        )
+    wrong = [
+        f"{name}: a {type(value).__name__}, not a tensor"
+        for name, value in state.items()
+        if not isinstance(value, torch.Tensor)
+    ]
+    if wrong:
+        raise WeightsError(f"pickle {path}", wrong)
+    return Tensors({name: _numpy(value, torch) for name, value in state.items()}, str(path))
+
+
+def _numpy(value, torch) -> np.ndarray:
+    value = value.detach()
+    if value.dtype == torch.bfloat16:
+        return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return value.numpy()
+
+
+def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict as `torch.save` does, atomically.
+
+    Raises:
+      ImportError: torch is not installed.
+    """
+    path = Path(path)
+    torch = _torch(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({name: _tensor(value, torch) for name, value in tensors.items()}, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tensor(value: np.ndarray, torch):
+    value = np.array(value)
+    if value.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(value)
