@@ -234,11 +234,13 @@ class Loader:
         Raises:
           BadImage, Dropped: one of them cannot be read.
         """
-        return self._batch(_stack([self.reader.read(int(i)) | {"problems": []} for i in ids]))
+        return self._batch(
+            _stack([self.reader.read(int(i), int(i)) | {"problems": []} for i in ids])
+        )
 
     def instruction(self, sample: int) -> str:
         """Instruction of a sample; of a mixed run, as `batch_of` has it."""
-        return self.reader.instruction(int(sample))
+        return self.reader.instruction(int(sample), int(sample))
 
     def _batch(self, raw: dict[str, Any]) -> Batch:
         notes = json.loads(str(raw["notes"]))

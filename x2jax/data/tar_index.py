@@ -127,27 +127,29 @@ class Index:
         return h.hexdigest()[:16]
 
 
-def find_shards(patterns: str | Sequence[str]) -> tuple[str, ...]:
+def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     """Paths of tars, sorted, from globs, files and folders.
 
     Raises:
       FileNotFoundError: a pattern that matches nothing.
     """
     found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in [patterns] if isinstance(patterns, (str, Path)) else patterns:
         wanted = os.path.expanduser(str(pattern))
         wanted = os.path.join(wanted, "**", "*.tar") if os.path.isdir(wanted) else wanted
         # A plain path may hold glob characters.
         paths = [wanted] if os.path.isfile(wanted) else glob.glob(wanted, recursive=True)
         paths = [p for p in paths if os.path.isfile(p)]
         if not paths:
-            raise FileNotFoundError(f"no tar shard matches {pattern!r}: check the path or glob")
+            raise FileNotFoundError(
+                f"no tar shard matches {str(pattern)!r}: check the path or glob"
+            )
         found.update(paths)
     return tuple(sorted(found))
 
 
 def build_index(
-    patterns: str | Sequence[str],
+    patterns: str | Path | Sequence[str | Path],
     cache: str | Path | None = None,
     *,
     filters: records.Filters | None = records.Filters(),  # noqa: B008  (frozen)

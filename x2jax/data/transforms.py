@@ -65,7 +65,7 @@ def resize_crop(image: Image.Image, bucket: Bucket) -> Image.Image:
     scale = max(width / image.width, height / image.height)
     w, h = min(width / scale, image.width), min(height / scale, image.height)
     left, top = (image.width - w) / 2, (image.height - h) / 2
-    # Cropping first, in source pixels, keeps the centre exact and resizes no pixel that is cut off.
+    # The same picture as resizing all of it and cropping then, without computing what is cut off.
     box = (left, top, left + w, top + h)
     return image.resize(bucket, Image.Resampling.LANCZOS, box=box)
 
