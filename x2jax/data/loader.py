@@ -211,8 +211,7 @@ class Loader:
           ValueError: a task has no readable sample. FileNotFoundError: a shard is gone.
         """
         local = self.batch_size // self.process_count
-        first, mine = self.batch_size, self.process_index * local
-        positions = _Positions(first, mine, local)
+        positions = _Positions(self.batch_size, self.process_index * local, local)
         data = (
             grain.MapDataset.range(start_batch * local, _STEPS)
             .map(_Compose(self.reader, positions))
@@ -225,8 +224,15 @@ class Loader:
                 # grain's workers read absl flags, which only absl.app parses.
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
-        for raw in stream:
-            yield self._batch(raw)
+        batches = iter(stream)
+        try:
+            for raw in batches:
+                # Workers hand over shared memory, which must be free before the interpreter ends.
+                yield self._batch({k: np.array(v) for k, v in raw.items()} if self.workers else raw)
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
 
     def batch_of(self, ids: Sequence[int] | Int[np.ndarray, "B"]) -> Batch:
         """These samples as a batch, whole on every process; `ids` may be held out.

@@ -194,12 +194,13 @@ def split_held_out(index: Index, n: int, seed: int) -> tuple[Index, np.ndarray]:
       ValueError: there are not `n` samples to spare; two of each task stay.
     """
     rng = np.random.default_rng([seed, 2])
-    spare = {
-        t: list(rng.permutation(ids)[: max(0, len(ids) - 2)]) for t, ids in index.by_task().items()
-    }
-    room = sum(map(len, spare.values()))
+    by_task = index.by_task()
+    room = sum(max(0, len(ids) - 2) for ids in by_task.values())
     if n > room:
         raise ValueError(f"cannot hold out {n} samples: {room} can be spared of {len(index)}")
+    spare = {
+        t: list(rng.permutation(ids)[: max(0, min(n, len(ids) - 2))]) for t, ids in by_task.items()
+    }
     taken: list[int] = []
     while len(taken) < n:
         turn = [int(ids.pop(0)) for ids in spare.values() if ids]

@@ -100,8 +100,8 @@ def header_size(data: bytes) -> tuple[int, int]:
 
 
 def _short(e: Exception) -> str:
-    # PIL's "cannot identify image file <_io.BytesIO object at 0x...>" differs in every run.
-    return str(e).split("<_io")[0].strip()
+    # PIL adds addresses and byte counts, which would make every file a reason of its own.
+    return str(e).split("<_io")[0].split("(")[0].strip()
 
 
 def place(image: Image.Image, bucket: Bucket, out: UInt8[np.ndarray, "Hc Wc 3"]) -> None:
