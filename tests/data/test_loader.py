@@ -7,8 +7,9 @@ import pytest
 
 from tests.data.shards import broken, picture, sample, tokenize, write
 from x2jax.data import transforms
+from x2jax.data.index import split_held_out
 from x2jax.data.loader import Loader
-from x2jax.data.tar_index import build_index, split_held_out
+from x2jax.data.tar_index import build_index
 
 TASKS = ("add", "remove", "style")
 

@@ -8,8 +8,9 @@ import pytest
 from tests.data import shards
 from tests.data.shards import END, picture, sample, write
 from x2jax.data import tasks
+from x2jax.data.index import split_held_out
 from x2jax.data.records import CHINESE, ENGLISH, Dropped, Filters, check_scores, choose, total
-from x2jax.data.tar_index import build_index, find_shards, split_held_out
+from x2jax.data.tar_index import build_index, find_shards
 
 
 def index_of(path, **options):

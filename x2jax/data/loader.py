@@ -16,8 +16,8 @@ from jaxtyping import Bool, Int, Int32
 
 from x2jax.data import records, tasks, transforms
 from x2jax.data.batch import Batch
+from x2jax.data.index import Index
 from x2jax.data.sampler import Sampler
-from x2jax.data.tar_index import Index
 
 Tokenize = Callable[[list[str]], tuple[Int32[np.ndarray, "n T"], Bool[np.ndarray, "n T"]]]
 
