@@ -97,7 +97,6 @@ def get_config(arg: str = "") -> ConfigDict:
         c.workers = 0
         c.optimizer.learning_rate = 2e-3
         c.optimizer.warmup = 20
-        c.optimizer.schedule = "cosine"
         c.precision.update(compute="float32", frozen="float32")
         c.remat = "none"
         c.preview.steps = 16

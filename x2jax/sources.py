@@ -29,8 +29,8 @@ HOW = {
     "black-forest-labs/FLUX.1-dev --local-dir DIR` makes it",
     "mllm": "a transformers folder of Qwen2.5-VL, as `hf download Qwen/Qwen2.5-VL-7B-Instruct "
     "--local-dir DIR` makes it",
-    "alignnet": "an AlignNet file (diffusion_pytorch_model.bin or .safetensors) of X2I or X2Edit, as "
-    "`hf download OPPOer/X2Edit --local-dir DIR` makes it",
+    "alignnet": "an AlignNet file (diffusion_pytorch_model.bin or .safetensors) of X2I or X2Edit, "
+    "as `hf download OPPOer/X2Edit --local-dir DIR` makes it",
     "data": "a glob of X2Edit tar shards such as 'X2Edit_data/*/*/*.tar', as `hf download "
     "OPPOer/X2Edit-Dataset --repo-type dataset --local-dir X2Edit_data` makes it",
 }
@@ -52,7 +52,9 @@ def folder(name: str, option: str, tiny: str) -> Path:
     """
     path = TINY / tiny if name == "tiny" else Path(name).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"--config.{option}={name}: {path} does not exist; needs {HOW[option]}")
+        raise FileNotFoundError(
+            f"--config.{option}={name}: {path} does not exist; needs {HOW[option]}"
+        )
     return path
 
 

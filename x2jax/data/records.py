@@ -126,12 +126,12 @@ def check_scores(record: Mapping[str, Any], filters: Filters) -> None:
     if label == "delete":
         at_least("score", filters.delete_score)
     elif label == "step1x":
-        at_least("liqe_score_edit", filters.step1x_liqe)
-        at_least("aesthetic_score_v2_5_edit", filters.step1x_aesthetic)
-        at_least("liqe_score_clip_edit", filters.step1x_liqe_clip)
         if total(record.get("score_7b")) is None and total(record.get("score")) is not None:
-            at_least("score", filters.step1x_score)
+            at_least("score", filters.step1x_score)  # rows that only the 72B model judged
         else:
+            at_least("liqe_score_edit", filters.step1x_liqe)
+            at_least("aesthetic_score_v2_5_edit", filters.step1x_aesthetic)
+            at_least("liqe_score_clip_edit", filters.step1x_liqe_clip)
             at_least("score_7b", filters.step1x_score_7b)
     elif label == "gpt4o":
         if total(record.get("score_7b")) is None:

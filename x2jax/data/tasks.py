@@ -25,7 +25,7 @@ TASKS = (
 _NAMES: dict[int, tuple[str, ...]] = {
     1: ("删除主体", "removal", "remove", "ObjectRemoval", "WaterMarkRemoval", "SnowRemoval"),
     2: ("添加主体", "addition", "add"),
-    3: ("风格更改", "style", "style_change"),
+    3: ("风格更改", "style", "style_change", "change style"),
     4: ("背景更改", "background_change"),
     # The published 512 px recipe files attribute_modification under 5, the 1024 px one under 7.
     5: ("颜色更改", "color_alter", "Colorization", "color change"),

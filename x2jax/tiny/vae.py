@@ -61,7 +61,7 @@ def train(steps: int, batch: int, images: int, seed: int = 0):
     opt, rng = tx.init(params), np.random.default_rng(seed)
     bar = tqdm(range(steps), mininterval=5)
     for k in bar:
-        # Mostly on quarter crops, a quarter of the cost; whole pictures at the end, for the attention.
+        # Mostly on quarters, at a quarter of the cost; whole pictures last, for the attention.
         edge = 32 if k < 0.85 * steps else 64
         y, x = rng.integers(0, 64 - edge + 1, 2)
         pixels = data[rng.integers(0, len(data), batch), y : y + edge, x : x + edge]

@@ -1,0 +1,60 @@
+"""The tiny family in the public folder layouts, read by the code that reads FLUX.1-dev.
+
+flux/transformer, flux/vae      diffusers
+qwen                            transformers, with the tokenizer
+alignnet                        raw state dict
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from converters.alignnet import alignnet_table
+from converters.flux_diffusers import flux_table
+from converters.load import save
+from converters.qwen2_5_vl import qwen_table
+from converters.vae_diffusers import vae_table
+from x2jax.alignnet import AlignNetConfig
+from x2jax.encoders.qwen2_5_vl import QWEN_TINY
+from x2jax.encoders.vae import VAEConfig
+from x2jax.flux import FLUX_TINY
+from x2jax.trees import Params
+
+ALIGNNET_TINY = AlignNetConfig(
+    QWEN_TINY.states, QWEN_TINY.width, FLUX_TINY.text_width, FLUX_TINY.pooled_width
+)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _config(folder: Path, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_flux(params: Params, root: Path, dtype: Any) -> None:
+    """Paths relative to `flux/`."""
+    folder = root / "flux" / "transformer"
+    _config(folder, FLUX_TINY.to_diffusers())
+    save(params, flux_table(FLUX_TINY), folder / WEIGHTS, dtype=dtype)
+
+
+def write_vae(params: Params, cfg: VAEConfig, root: Path, dtype: Any) -> None:
+    """Paths relative to `vae/`."""
+    folder = root / "flux" / "vae"
+    _config(folder, cfg.to_diffusers())
+    save(params, vae_table(cfg), folder / WEIGHTS, dtype=dtype)
+
+
+def write_qwen(params: Params, root: Path, dtype: Any) -> None:
+    """Paths relative to `mllm/`; the tokenizer is saved beside by `x2jax.tiny.language`."""
+    folder = root / "qwen"
+    _config(folder, {"model_type": "qwen2_5_vl", **QWEN_TINY.to_transformers()})
+    save(params, qwen_table(QWEN_TINY), folder / "model.safetensors", dtype=dtype)
+
+
+def write_alignnet(params: Params, root: Path, dtype: Any) -> None:
+    """Paths relative to `alignnet/`."""
+    folder = root / "alignnet"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = alignnet_table(ALIGNNET_TINY.states, ALIGNNET_TINY.mixing)
+    save(params, table, folder / WEIGHTS, dtype=dtype)
