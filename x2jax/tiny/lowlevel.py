@@ -48,8 +48,8 @@ def degrade(rng: np.random.Generator, image: np.ndarray, kind: str) -> np.ndarra
         pad = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
         padded = np.pad(out, pad, mode="edge")
         n = image.shape[axis]
-        out = sum(np.take(padded, range(k, k + n), axis=axis) for k in range(2 * reach + 1))
-        out = out / (2 * reach + 1)
+        taps = [np.take(padded, range(k, k + n), axis=axis) for k in range(2 * reach + 1)]
+        out = np.mean(taps, axis=0)
     return (out + 0.5).astype(np.uint8)
 
 
@@ -69,5 +69,5 @@ def sample(
     control = edge_map(image) if hint == "edge" else depth_map(scene, size)
     captions = (f"An {hint} map." if hint == "edge" else f"A {hint} map.", words)
     if kind.startswith("image"):
-        return image, control, en, zh, captions[::-1]
+        return image, control, en, zh, (words, captions[0])
     return control, image, en, zh, captions
