@@ -18,6 +18,9 @@ $(VENV)/dev: $(VENV)/runtime
 	$(PIP) -c requirements/lock.txt -e '.[dev]'
 	@touch $@
 
+demo: $(VENV)/runtime
+	$(BIN)/python -m x2jax.tiny.demo
+
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 

@@ -48,7 +48,8 @@ def write_vae(params: Params, cfg: VAEConfig, root: Path, dtype: Any) -> None:
 def write_qwen(params: Params, root: Path, dtype: Any) -> None:
     """Paths relative to `mllm/`; the tokenizer is saved beside by `x2jax.tiny.language`."""
     folder = root / "qwen"
-    _config(folder, {"model_type": "qwen2_5_vl", **QWEN_TINY.to_transformers()})
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    _config(folder, {"model_type": "qwen2_5_vl", **QWEN_TINY.to_transformers(), **ids})
     save(params, qwen_table(QWEN_TINY), folder / "model.safetensors", dtype=dtype)
 
 

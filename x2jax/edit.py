@@ -1,0 +1,168 @@
+"""Edits an image: `python -m x2jax.edit --model RUN --image in.png --prompt '...' --out out.png`.
+
+RUN is the workdir of a training run; the frozen weights come from where the run had them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+
+from x2jax import sharding
+from x2jax.adapters import AdapterConfig
+from x2jax.checkpoint import load_trainable
+from x2jax.data import tasks, transforms
+from x2jax.data.batch import Batch
+from x2jax.data.edits import BUCKETS
+from x2jax.edit_model import Precision, find_sources, load_child, make_skeleton
+from x2jax.encoders.tokenize import TextTokenizer
+from x2jax.recipes.x2edit import EditObjective, Objective
+from x2jax.samples import to_uint8
+from x2jax.trees import Params
+
+
+class Editor:
+    """A trained adapter on its base, ready to edit.
+
+    Attributes:
+      buckets: sizes (width, height) that pictures are brought to.
+    """
+
+    def __init__(self, run: str | Path, *, step: int | None = None, ema: bool = False):
+        """Loads a run's trainable tree and its frozen weights.
+
+        Args:
+          run: workdir of a training run.
+          step: which checkpoint; None for the newest.
+          ema: the moving average instead of the parameters.
+
+        Raises:
+          FileNotFoundError: no checkpoint, or frozen weights that are gone.
+          ValueError: weights that do not fit.
+        """
+        trained, meta = load_trainable(run, step, ema=ema)
+        config: Any = ConfigDict(meta["config"])
+        found = find_sources(flux=config.flux, mllm=config.mllm, alignnet=config.alignnet)
+        skeleton = make_skeleton(
+            found, AdapterConfig(**config.adapter), Precision(**config.precision)
+        )
+        mesh = sharding.make_mesh({"fsdp": -1})
+        by_path = sharding.param_shardings(skeleton.abstract, mesh)
+        self._frozen: Params = {}
+        for name in found:
+            self._frozen |= load_child(skeleton, found, name, by_path)
+        self._frozen = {p: x for p, x in self._frozen.items() if p not in trained}
+        self._params = {p: jax.device_put(x, by_path[p]) for p, x in trained.items()}
+        missing = [p for p in skeleton.paths if p not in self._frozen and p not in self._params]
+        if missing:
+            raise ValueError(f"{run} lacks parameters: {missing}")
+        self._objective = EditObjective(skeleton, Objective(**config.objective), config.remat)
+        self._tokenize = TextTokenizer(found["mllm"].path, config.text.length, config.text.template)
+        self._slots, self._mesh = config.image.slots, mesh
+        self.buckets = BUCKETS[config.image.buckets]
+        self._run = jax.jit(self._objective.edit, static_argnames=("steps", "shift"))
+        self._preview = dict(config.preview)
+
+    def __call__(
+        self,
+        image: Image.Image,
+        prompt: str,
+        *,
+        task: str = "unknown",
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Image.Image:
+        """The edited picture, in the bucket nearest to the source's aspect ratio.
+
+        Args:
+          image: source picture, any size.
+          prompt: what to do, in English or Chinese.
+          task: name of the task, in any of the spellings that data sets use.
+          seed: of the noise.
+          steps, guidance: of the sampler; None for those of the run's previews.
+
+        Raises:
+          ValueError: empty prompt or unknown task. BadImage: a mode that is not understood.
+        """
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: say what to change")
+        bucket = transforms.nearest_bucket(*image.size, self.buckets)
+        picture = transforms.resize_crop(transforms.to_rgb(image), bucket)
+        height, width = transforms.canvas_size(self.buckets)
+        pixels = np.zeros((1, self._slots, height, width, 3), np.uint8)
+        transforms.place(picture, bucket, pixels[0, 1])
+        sizes = np.zeros((1, self._slots, 2), np.int32)
+        sizes[0, :2] = bucket[::-1]
+        ids, mask = self._tokenize([prompt])
+        batch = Batch(
+            pixels=jnp.asarray(pixels),
+            sizes=jnp.asarray(sizes),
+            text_ids=jnp.asarray(ids),
+            text_mask=jnp.asarray(mask),
+            task=jnp.asarray([task_id(task)], jnp.int32),
+            sample_id=jnp.zeros((1,), jnp.int32),
+        )
+        options = self._preview | {
+            k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None
+        }
+        out = self._run(self._params, self._frozen, batch, jax.random.key(seed), **options)
+        return Image.fromarray(to_uint8(np.asarray(out[0]))[: bucket[1], : bucket[0]])
+
+
+def task_id(name: str) -> int:
+    """Row of the task table for a task's name; "unknown" is row 0.
+
+    Raises:
+      ValueError: not a task; the tasks are listed.
+    """
+    found = 0 if tasks.normalise(name) == "unknown" else tasks.lookup(name)
+    if found is None:
+        raise ValueError(f"unknown task {name!r}; the tasks are: {', '.join(tasks.TASKS)}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m x2jax.edit", description=__doc__)
+    parser.add_argument("--model", required=True, help="workdir of a training run")
+    parser.add_argument("--image", required=True, type=Path, help="source picture")
+    parser.add_argument("--prompt", required=True, help="what to change, English or Chinese")
+    parser.add_argument("--out", required=True, type=Path, help="where the edited picture goes")
+    parser.add_argument(
+        "--task", default="unknown", help=f"what kind of edit: {', '.join(tasks.TASKS)}"
+    )
+    parser.add_argument("--steps", type=int, help="sampler steps; default as in the run's previews")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default as in the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
+    parser.add_argument("--ema", action="store_true", help="use the moving average")
+    args = parser.parse_args(argv)
+    try:
+        with Image.open(args.image) as image:
+            image.load()
+        editor = Editor(args.model, step=args.step, ema=args.ema)
+        edited = editor(
+            image,
+            args.prompt,
+            task=args.task,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+        )
+    except (OSError, UnidentifiedImageError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    edited.save(args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
