@@ -61,3 +61,14 @@ def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return dict(
         states=states, width=width, text_width=text_width, pooled_width=pooled, mixing=mixing
     )
+
+
+def sizes_of_ours(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Arguments of `AlignNetConfig`, read from the shapes of our parameters."""
+    width, text_width = shapes["projector_in/kernel"]
+    mixing = "conv" if "conv/kernel" in shapes else "scale"
+    states = shapes["conv/kernel"][2] if mixing == "conv" else shapes["cha_scale"][0]
+    pooled = shapes["fc/kernel"][1]
+    return dict(
+        states=states, width=width, text_width=text_width, pooled_width=pooled, mixing=mixing
+    )

@@ -123,6 +123,37 @@ def load_numpy(
     }
 
 
+def importer(
+    source: Source, table: Table, shapes: Mapping[str, tuple[int, ...]], dtype: Any = None
+):
+    """What an import will hold: (our path -> Spec, function that gives an array by path, ignored).
+
+    Args:
+      source: as `open_weights` takes it.
+      table: the rules of its format.
+      shapes: our path -> shape, complete.
+      dtype: of the result; None keeps each tensor's own.
+
+    Raises:
+      WeightsError: as `load`.
+    """
+    tensors = open_weights(source)
+    found = check(
+        tensors, table, {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()}
+    )
+    entries = found.by_path()
+    specs = {
+        path: Spec(np.dtype(dtype or tensors[entries[path][0].name].dtype), shape)
+        for path, shape in shapes.items()
+    }
+
+    def read(path: str) -> np.ndarray:
+        shape = specs[path].shape
+        return _block(tensors, path, entries[path], shape, _full(shape), specs[path].dtype)
+
+    return specs, read, found.ignored
+
+
 def _full(shape) -> tuple[slice, ...]:
     return tuple(slice(0, n) for n in shape)
 

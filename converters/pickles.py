@@ -87,7 +87,9 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     torch = _torch(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save({name: _tensor(value, torch) for name, value in tensors.items()}, temporary)
+        # Through a handle: given a path, torch writes its name into the file.
+        with temporary.open("wb") as f:
+            torch.save({name: _tensor(value, torch) for name, value in tensors.items()}, f)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

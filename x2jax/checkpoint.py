@@ -104,7 +104,7 @@ def load_trainable(
     if step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} under {root}; there are {steps}")
     item = "ema" if ema else "params"
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.PyTreeCheckpointer() as reader:
         metadata = reader.metadata(root / str(step) / "state").item_metadata[item]
     if not metadata:
         raise ValueError(f"the run in {workdir} kept no {item}: it was trained with ema_decay = 0")

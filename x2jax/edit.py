@@ -1,6 +1,7 @@
 """Edits an image: `python -m x2jax.edit --model RUN --image in.png --prompt '...' --out out.png`.
 
-RUN is the workdir of a training run; the frozen weights come from where the run had them.
+RUN is the workdir of a training run, a folder of `python -m converters import`, or a folder with an
+X2Edit adapter. The frozen weights come from where the run had them, or from --flux and --mllm.
 """
 
 import argparse
@@ -14,9 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
-from x2jax import sharding
+from x2jax import sharding, sources
 from x2jax.adapters import AdapterConfig
-from x2jax.checkpoint import load_trainable
 from x2jax.data import tasks, transforms
 from x2jax.data.batch import Batch
 from x2jax.data.edits import BUCKETS
@@ -24,6 +24,7 @@ from x2jax.edit_model import Precision, find_sources, load_child, make_skeleton
 from x2jax.encoders.tokenize import TextTokenizer
 from x2jax.recipes.x2edit import EditObjective, Objective
 from x2jax.samples import to_uint8
+from x2jax.trained import fit, open_trained, placed
 from x2jax.trees import Params
 
 
@@ -34,20 +35,31 @@ class Editor:
       buckets: sizes (width, height) that pictures are brought to.
     """
 
-    def __init__(self, run: str | Path, *, step: int | None = None, ema: bool = False):
-        """Loads a run's trainable tree and its frozen weights.
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        step: int | None = None,
+        ema: bool = False,
+        flux: str = "",
+        mllm: str = "",
+    ):
+        """Loads what was trained, and its frozen weights.
 
         Args:
-          run: workdir of a training run.
+          run: as `x2jax.trained.open_trained` takes it.
           step: which checkpoint; None for the newest.
           ema: the moving average instead of the parameters.
+          flux, mllm: where the frozen weights are now; empty for where the run had them.
 
         Raises:
           FileNotFoundError: no checkpoint, or frozen weights that are gone.
           ValueError: weights that do not fit.
         """
-        trained, meta = load_trainable(run, step, ema=ema)
+        trained, meta = open_trained(run, step, ema=ema)
         config: Any = ConfigDict(meta["config"])
+        config.flux, config.mllm = flux or config.flux, mllm or config.mllm
+        sources.require(config, ("flux", "mllm", "alignnet"))
         found = find_sources(flux=config.flux, mllm=config.mllm, alignnet=config.alignnet)
         skeleton = make_skeleton(
             found, AdapterConfig(**config.adapter), Precision(**config.precision)
@@ -57,8 +69,9 @@ class Editor:
         self._frozen: Params = {}
         for name in found:
             self._frozen |= load_child(skeleton, found, name, by_path)
+        trained = fit(trained, skeleton.abstract, str(run))
         self._frozen = {p: x for p, x in self._frozen.items() if p not in trained}
-        self._params = {p: jax.device_put(x, by_path[p]) for p, x in trained.items()}
+        self._params = placed(trained, skeleton.abstract, by_path)
         missing = [p for p in skeleton.paths if p not in self._frozen and p not in self._params]
         if missing:
             raise ValueError(f"{run} lacks parameters: {missing}")
@@ -130,7 +143,7 @@ def task_id(name: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m x2jax.edit", description=__doc__)
-    parser.add_argument("--model", required=True, help="workdir of a training run")
+    parser.add_argument("--model", required=True, help="run, or folder of an adapter")
     parser.add_argument("--image", required=True, type=Path, help="source picture")
     parser.add_argument("--prompt", required=True, help="what to change, English or Chinese")
     parser.add_argument("--out", required=True, type=Path, help="where the edited picture goes")
@@ -140,13 +153,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="sampler steps; default as in the run's previews")
     parser.add_argument("--guidance", type=float, help="guidance scale; default as in the run")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--flux", default="", help="diffusers folder of FLUX.1, if it moved")
+    parser.add_argument("--mllm", default="", help="folder of Qwen2.5-VL, if it moved")
     parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
     parser.add_argument("--ema", action="store_true", help="use the moving average")
     args = parser.parse_args(argv)
     try:
         with Image.open(args.image) as image:
             image.load()
-        editor = Editor(args.model, step=args.step, ema=args.ema)
+        editor = Editor(args.model, step=args.step, ema=args.ema, flux=args.flux, mllm=args.mllm)
         edited = editor(
             image,
             args.prompt,

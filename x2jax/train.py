@@ -19,9 +19,10 @@ from ml_collections import config_flags
 
 from x2jax import optim, recipes, samples, sharding
 from x2jax import state as states
-from x2jax.checkpoint import Checkpointer, load_trainable
+from x2jax.checkpoint import Checkpointer
 from x2jax.metrics import Progress, Writer, parameter_table
 from x2jax.step import make_step
+from x2jax.trained import fit, open_trained, placed
 from x2jax.trees import Params
 
 FREE = (
@@ -65,28 +66,20 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return out
 
 
-def start_params(recipe, config: Any, by_path: dict) -> Params:
-    """The trainable tree at step 0: loaded where a source has it, otherwise initialised.
-
-    `init_from` replaces it by another run's.
+def inherited(recipe, config: Any) -> Params:
+    """What `init_from` trained: it replaces what initialisation and the sources would give.
 
     Raises:
-      ValueError: `init_from` lacks parameters that train here, or has other shapes; all are listed.
+      ValueError: it does not fit this model, or lacks adapters that train here; all are listed.
     """
-    fresh = recipe.initial(config.seed, by_path)
     if not config.init_from:
-        return fresh
-    loaded, _ = load_trainable(config.init_from)
-    wrong = [
-        f"  {p}: {tuple(loaded[p].shape) if p in loaded else 'absent'}, needs {tuple(x.shape)}"
-        for p, x in fresh.items()
-        if p not in loaded or loaded[p].shape != x.shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"--config.init_from={config.init_from} does not fit:\n" + "\n".join(wrong)
-        )
-    return {p: jax.device_put(loaded[p].astype(x.dtype), by_path[p]) for p, x in fresh.items()}
+        return {}
+    what = f"--config.init_from={config.init_from}"
+    given = fit(open_trained(config.init_from).params, recipe.skeleton.abstract, what)
+    lacking = [p for p in recipe.trainable_abstract if p.startswith("adapter/") and p not in given]
+    if lacking:
+        raise ValueError(f"{what} lacks parameters:\n" + "\n".join(f"  {p}" for p in lacking))
+    return given
 
 
 def train(config: Any, workdir: Path) -> Params:
@@ -102,23 +95,26 @@ def train(config: Any, workdir: Path) -> Params:
 
     by_path = sharding.param_shardings(recipe.skeleton.abstract, mesh)
     with jax.set_mesh(mesh):
+        given = inherited(recipe, config)
         frozen = recipe.load_frozen(by_path)
+        frozen |= placed(given, frozen, by_path)
         prints = recipe.fingerprints(frozen)
 
     checkpoints = Checkpointer(workdir, every=config.checkpoint_every, keep=config.keep)
     create = lambda p: states.create(p, tx, config.ema_decay > 0)  # noqa: E731
     abstract = jax.eval_shape(create, recipe.trainable_abstract)
-    placed = states.shardings(abstract, by_path, mesh)
+    shardings = states.shardings(abstract, by_path, mesh)
     start = checkpoints.latest()
     if start is None:
         start = 0
         with jax.set_mesh(mesh):
-            params = start_params(recipe, config, by_path)
-            state = jax.jit(create, out_shardings=placed)(params)
+            params = recipe.initial(config.seed, by_path)
+            params |= placed(given, params, by_path)
+            state = jax.jit(create, out_shardings=shardings)(params)
     else:
         check_same_run(checkpoints.meta(start), config, prints, recipe.data.fingerprint)
         abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
         state, _ = checkpoints.restore(start, abstract)
     meta = {
@@ -132,7 +128,7 @@ def train(config: Any, workdir: Path) -> Params:
         print(parameter_table(state.params, frozen, by_path), flush=True)
         print(f"mesh {dict(mesh.shape)}; {'resuming at' if start else 'starting at'} step {start}")
 
-    loop = _Loop(config, workdir, mesh, recipe, frozen, placed, by_path, tx, start)
+    loop = _Loop(config, workdir, mesh, recipe, frozen, shardings, by_path, tx, start)
     state = loop.run(state, checkpoints, meta)
     checkpoints.close()
     return state.params
@@ -141,17 +137,17 @@ def train(config: Any, workdir: Path) -> Params:
 class _Loop:
     """The compiled functions and writers of one run."""
 
-    def __init__(self, config, workdir, mesh, recipe, frozen, placed, by_path, tx, start):
+    def __init__(self, config, workdir, mesh, recipe, frozen, shardings, by_path, tx, start):
         self.config, self.workdir, self.mesh, self.recipe = config, workdir, mesh, recipe
         self.frozen, self.start = frozen, start
         self.batches = sharding.batch_sharding(mesh, None)
         replicated = NamedSharding(mesh, P())
-        frozen_placed = {p: by_path[p] for p in frozen}
+        frozen_shardings = {p: by_path[p] for p in frozen}
         step = make_step(recipe.loss, tx, seed=config.seed, ema_decay=config.ema_decay)
         self.step = jax.jit(
             step,
-            in_shardings=(placed, frozen_placed, self.batches),
-            out_shardings=(placed, replicated),
+            in_shardings=(shardings, frozen_shardings, self.batches),
+            out_shardings=(shardings, replicated),
             donate_argnums=0,
         )
         self.held_out = jax.jit(recipe.held_out, out_shardings=replicated)

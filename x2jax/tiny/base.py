@@ -33,6 +33,7 @@ EDGE, TEXT = 64, 64
 
 def open_family(root: Path, seed: int):
     """(skeleton, frozen weights, fresh trainable weights, tokenizer)."""
+    family.write_untrained(root, seed)  # the files say what sizes the models have
     names = dict(flux=root / "flux", mllm=root / "qwen", alignnet=root / "alignnet")
     found = find_sources(**{k: str(v) for k, v in names.items()})
     skeleton = make_skeleton(found, X2EDIT_TINY, Precision("float32", "float32"))
@@ -155,7 +156,7 @@ def write(params: Params, root: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--family", type=Path, required=True, help="folder with flux/, qwen/, alignnet/"
+        "--family", type=Path, required=True, help="folder with flux/vae/ and qwen/"
     )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)

@@ -62,7 +62,7 @@ def main() -> None:
         f"  sample grid         {grid}\n"
         f"  edited picture      {edited}, from {picture}: {sample.instruction_en}\n"
         f"  X2Edit trio         {trio}\n"
-        f"  metrics             {workdir / 'metrics.jsonl'}, tensorboard in {workdir / 'tensorboard'}"
+        f"  metrics             {workdir / 'metrics.jsonl'} and {workdir / 'tensorboard'}"
     )
 
 

@@ -9,16 +9,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from flax import nnx
+
 from converters.alignnet import alignnet_table
 from converters.flux_diffusers import flux_table
 from converters.load import save
 from converters.qwen2_5_vl import qwen_table
 from converters.vae_diffusers import vae_table
-from x2jax.alignnet import AlignNetConfig
+from x2jax.alignnet import AlignNet, AlignNetConfig
 from x2jax.encoders.qwen2_5_vl import QWEN_TINY
 from x2jax.encoders.vae import VAEConfig
-from x2jax.flux import FLUX_TINY
-from x2jax.trees import Params
+from x2jax.flux import FLUX_TINY, Flux
+from x2jax.trees import Params, state_params
 
 ALIGNNET_TINY = AlignNetConfig(
     QWEN_TINY.states, QWEN_TINY.width, FLUX_TINY.text_width, FLUX_TINY.pooled_width
@@ -59,3 +62,12 @@ def write_alignnet(params: Params, root: Path, dtype: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = alignnet_table(ALIGNNET_TINY.states, ALIGNNET_TINY.mixing)
     save(params, table, folder / WEIGHTS, dtype=dtype)
+
+
+def write_untrained(root: Path, seed: int = 0) -> None:
+    """FLUX and AlignNet as initialised."""
+    f32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    flux = Flux(FLUX_TINY, **f32, rngs=nnx.Rngs(seed))
+    write_flux(state_params(flux), root, "bfloat16")
+    align = AlignNet(ALIGNNET_TINY, **f32, rngs=nnx.Rngs(seed))
+    write_alignnet(state_params(align), root, "bfloat16")

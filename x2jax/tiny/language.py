@@ -1,11 +1,10 @@
-"""Trains the tiny Qwen2.5-VL on the world's language: `python -m x2jax.tiny.language --out DIR`.
+"""Trains the tiny Qwen2.5-VL on the world's language: `python -m x2jax.tiny.language --family DIR`.
 
 A byte-level BPE tokenizer in Qwen's format with its chat markers, then next-token prediction on
 captions and instructions in English and Chinese.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from x2jax.encoders.qwen2_5_vl import QWEN_TINY, Qwen2_5_VL
 from x2jax.encoders.tokenize import TextTokenizer
-from x2jax.tiny import captions, edits, world
+from x2jax.tiny import captions, edits, family, world
 from x2jax.trees import Skeleton, state_params
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -112,18 +111,15 @@ def train(folder: Path, steps: int, batch: int, seed: int = 0):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the tokenizer and weights"
-    )
+    parser.add_argument("--family", type=Path, required=True, help="folder of qwen/")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(sentences(0, 20_000), args.out)
-    params, held_out, truncated = train(args.out, args.steps, args.batch)
-    np.savez(args.out / "qwen.npz", **{k: np.asarray(v) for k, v in params.items()})
-    config = {"model_type": "qwen2_5_vl", **QWEN_TINY.to_transformers()}
-    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    folder = args.family / "qwen"
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(sentences(0, 20_000), folder)
+    params, held_out, truncated = train(folder, args.steps, args.batch)
+    family.write_qwen(params, args.family, "bfloat16")
     print(f"held-out loss {held_out:.4f} nats a token; {truncated} instructions cut")
 
 

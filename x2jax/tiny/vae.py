@@ -1,4 +1,4 @@
-"""Trains the tiny autoencoder: `python -m x2jax.tiny.vae --out DIR [--steps N]`.
+"""Trains the tiny autoencoder: `python -m x2jax.tiny.vae --family DIR [--steps N]`.
 
 Reconstruction (L1) with a small KL term, then the latent statistics become shift and scale, so that
 latents have mean 0 and standard deviation 1 as FLUX expects.
@@ -6,7 +6,6 @@ latents have mean 0 and standard deviation 1 as FLUX expects.
 
 import argparse
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from x2jax.encoders.vae import TINY_VAE, VAE
-from x2jax.tiny import world
+from x2jax.tiny import family, world
 from x2jax.trees import Skeleton, state_params
 
 
@@ -82,9 +81,7 @@ def train(steps: int, batch: int, images: int, seed: int = 0):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for vae.npz and config.json"
-    )
+    parser.add_argument("--family", type=Path, required=True, help="folder of flux/vae")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--images", type=int, default=8192)
@@ -95,9 +92,7 @@ def main() -> None:
     cfg = dataclasses.replace(
         TINY_VAE, shift_factor=round(mean, 4), scaling_factor=round(1 / std, 4)
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    np.savez(args.out / "vae.npz", **{k: np.asarray(v) for k, v in params.items()})
-    (args.out / "config.json").write_text(json.dumps(cfg.to_diffusers(), indent=2) + "\n")
+    family.write_vae(params, cfg, args.family, "bfloat16")
     print(f"latents mean {mean:.4f}, std {std:.4f}; PSNR on unseen pictures {quality:.2f} dB")
 
 
