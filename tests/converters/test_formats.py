@@ -1,0 +1,160 @@
+"""Every format through the command line: both ways bitwise, inspected, refused when wrong."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from converters import __main__ as cli
+from converters import formats, native, pickles, safetensors_io
+from converters.load import open_weights
+from converters.rules import WeightsError
+from x2jax.alignnet import AlignNetConfig
+from x2jax.encoders.qwen2_5_vl import QWEN_TINY
+from x2jax.encoders.vae import TINY_VAE
+from x2jax.flux import FLUX_TINY
+
+SMALL_FLUX = dataclasses.replace(
+    FLUX_TINY, width=32, heads=2, head_dim=16, axes=(4, 6, 6), double_blocks=2, single_blocks=2
+)
+SMALL_QWEN = dataclasses.replace(QWEN_TINY, layers=2, vocab=32)
+CONFIGS = {
+    "flux-diffusers": SMALL_FLUX.to_diffusers(),
+    "vae-diffusers": TINY_VAE.to_diffusers(),
+    "qwen2.5-vl": {"model_type": "qwen2_5_vl", **SMALL_QWEN.to_transformers()},
+    "alignnet": vars(AlignNetConfig(5, 12, 20, 6, "scale")),
+}
+
+
+def published(name: str, folder, seed: int = 0):
+    """A folder of random bfloat16 weights in a format."""
+    fmt = formats.FORMATS[name]
+    rng = np.random.default_rng(seed)
+    (part,) = fmt.parts(CONFIGS[name])
+    params = {p: rng.standard_normal(s).astype(np.float32) for p, s in part.shapes.items()}
+    cli._write(fmt, CONFIGS[name], params, folder, "bfloat16")
+    return fmt, folder, folder / part.file
+
+
+@pytest.fixture(params=list(CONFIGS))
+def source(request, tmp_path):
+    return published(request.param, tmp_path / "published")
+
+
+def test_import_then_export_is_bitwise(source, tmp_path, capsys):
+    fmt, folder, file = source
+    ours, again = tmp_path / "ours", tmp_path / "again"
+    assert cli.main(["import", "--from", str(folder), "--out", str(ours)]) == 0
+    assert cli.main(["export", "--from", str(ours), "--out", str(again)]) == 0
+    assert (again / file.name).read_bytes() == file.read_bytes()
+    if fmt.has_config:
+        assert json.loads((again / "config.json").read_text()) == CONFIGS[fmt.name]
+    assert capsys.readouterr().out.count("wrote ") >= 2
+
+
+def test_dtype_is_the_users_choice(source, tmp_path):
+    fmt, folder, _ = source
+    cli.import_(folder, fmt, tmp_path / "ours", "float32")
+    assert {x.dtype for x in native.open_folder(tmp_path / "ours")[0].values()} == {
+        np.dtype(np.float32)
+    }
+
+
+def test_inspect_says_what_it_is(source, capsys):
+    fmt, folder, _ = source
+    assert cli.main(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder}: {fmt.name}," in out
+    assert "complete; fills" in out
+
+
+def test_inspect_says_what_is_wrong(source, capsys):
+    _, folder, file = source
+    tensors = {n: np.array(x) for n, x in safetensors_io.open_file(file).items()}
+    gone = sorted(tensors)[-1]
+    del tensors[gone]
+    specs = {n: safetensors_io.Spec(x.dtype, x.shape) for n, x in tensors.items()}
+    safetensors_io.write(file, specs, tensors.__getitem__)
+    assert cli.main(["inspect", str(folder)]) == 1
+    err = capsys.readouterr().err
+    assert gone in err
+
+
+def test_another_formats_file_is_refused(tmp_path, capsys):
+    _, flux, _ = published("flux-diffusers", tmp_path / "flux")
+    out = str(tmp_path / "out")
+    assert cli.main(["import", "--from", str(flux), "--out", out, "--format", "alignnet"]) == 1
+    assert "not an AlignNet" in capsys.readouterr().err
+    assert cli.main(["import", "--from", str(flux), "--out", out, "--format", "vae-diffusers"]) == 1
+    assert "expected the config of an AutoencoderKL" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_files_are_shown_with_the_formats_known(tmp_path, capsys):
+    spec = safetensors_io.Spec(np.dtype(np.float32), (2,))
+    file = tmp_path / "odd.safetensors"
+    safetensors_io.write(file, {"a.b": spec}, lambda name: np.ones(2, np.float32))
+    assert cli.main(["inspect", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "a.b (2,)" in out and "flux-diffusers" in out
+    assert cli.main(["import", "--from", str(file), "--out", str(tmp_path / "o")]) == 1
+    assert "is of no format known here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrapping", ["module", "config"])
+def test_wrapped_alignnets_are_read(tmp_path, wrapping):
+    fmt, folder, file = published("alignnet", tmp_path / "published")
+    state = {n: torch.tensor(np.asarray(x, np.float32)) for n, x in open_weights(file).items()}
+    if wrapping == "module":
+        state = {f"module.{n}": x for n, x in state.items()}
+    else:
+        state = {"config": {"layers": 5}, "state_dict": state}
+    path = tmp_path / "diffusion_pytorch_model.bin"
+    torch.save(state, path)
+    cli.import_(path, fmt, tmp_path / "wrapped")
+    cli.import_(folder, fmt, tmp_path / "raw", "float32")
+    a, b = (native.open_folder(tmp_path / n)[0] for n in ("wrapped", "raw"))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_qwen_with_a_vision_tower_says_what_it_leaves_out(tmp_path, capsys):
+    fmt, folder, file = published("qwen2.5-vl", tmp_path / "published")
+    tensors = {n: np.array(x) for n, x in safetensors_io.open_file(file).items()}
+    tensors["visual.patch_embed.proj.weight"] = np.ones((2, 2), jnp.bfloat16)
+    specs = {n: safetensors_io.Spec(x.dtype, x.shape) for n, x in tensors.items()}
+    safetensors_io.write(file, specs, tensors.__getitem__)
+    cli.import_(folder, fmt, tmp_path / "ours")
+    assert "left out, known and not needed: visual.patch_embed" in capsys.readouterr().out
+
+
+def test_pickles_with_code_are_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("this code must never run",)
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.bin")
+    with pytest.raises(WeightsError, match="unreadable pickle"):
+        pickles.read(tmp_path / "evil.bin")
+
+
+def test_pickles_of_other_things_are_named(tmp_path):
+    torch.save({"epoch": 3, "weight": torch.ones(2)}, tmp_path / "a.bin")
+    with pytest.raises(WeightsError, match="epoch: a int, not a tensor"):
+        pickles.read(tmp_path / "a.bin")
+    (tmp_path / "b.bin").write_bytes(b"not a pickle")
+    with pytest.raises(WeightsError, match="unreadable pickle"):
+        pickles.read(tmp_path / "b.bin")
+
+
+def test_missing_paths_and_usage(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path / "no")]) == 1
+    assert "no such file or folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*formats.FORMATS, "import", "export", "inspect"))
