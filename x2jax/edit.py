@@ -20,7 +20,7 @@ from x2jax.adapters import AdapterConfig
 from x2jax.data import tasks, transforms
 from x2jax.data.batch import Batch
 from x2jax.data.edits import BUCKETS
-from x2jax.edit_model import Precision, find_sources, load_child, make_skeleton
+from x2jax.edit_model import Precision, configs_of, find_sources, load_child, make_skeleton
 from x2jax.encoders.tokenize import TextTokenizer
 from x2jax.recipes.x2edit import EditObjective, Objective
 from x2jax.samples import to_uint8
@@ -62,7 +62,7 @@ class Editor:
         sources.require(config, ("flux", "mllm", "alignnet"))
         found = find_sources(flux=config.flux, mllm=config.mllm, alignnet=config.alignnet)
         skeleton = make_skeleton(
-            found, AdapterConfig(**config.adapter), Precision(**config.precision)
+            configs_of(found), AdapterConfig(**config.adapter), Precision(**config.precision)
         )
         mesh = sharding.make_mesh({"fsdp": -1})
         by_path = sharding.param_shardings(skeleton.abstract, mesh)

@@ -19,9 +19,9 @@ from x2jax import sources
 from x2jax.adapters import AdapterConfig, Adapters
 from x2jax.alignnet import AlignNet, AlignNetConfig
 from x2jax.data.batch import Batch
-from x2jax.encoders.qwen2_5_vl import Qwen2_5_VL, QwenConfig
-from x2jax.encoders.vae import VAE, VAEConfig
-from x2jax.flux import Flux, FluxConfig
+from x2jax.encoders.qwen2_5_vl import QWEN2_5_VL_7B, Qwen2_5_VL, QwenConfig
+from x2jax.encoders.vae import FLUX_VAE, VAE, VAEConfig
+from x2jax.flux import FLUX_DEV, Flux, FluxConfig
 from x2jax.flux.latents import ImageStream, pack, patchify, unpack_target, unpatchify
 from x2jax.sources import Source
 from x2jax.trees import Params, Skeleton, child, prefixed, state_params
@@ -133,19 +133,29 @@ def find_sources(*, flux: str, mllm: str, alignnet: str) -> dict[str, Source]:
     }
 
 
+def published_configs() -> dict[str, Any]:
+    """Architectures by child as published: FLUX.1-dev, Qwen2.5-VL-7B and its AlignNet."""
+    align = AlignNetConfig(QWEN2_5_VL_7B.states, QWEN2_5_VL_7B.width)
+    return {"flux": FLUX_DEV, "vae": FLUX_VAE, "mllm": QWEN2_5_VL_7B, "alignnet": align}
+
+
 def _qwen_table(root: Path, cfg: QwenConfig):
     nested = any(n.startswith("model.language_model.") for n in open_weights(root))
     return qwen_table(cfg, nested=nested)
 
 
+def configs_of(found: Mapping[str, Source]) -> dict[str, Any]:
+    """Architectures by child."""
+    return {name: source.config for name, source in found.items()}
+
+
 def make_skeleton(
-    found: Mapping[str, Source], adapter: AdapterConfig, precision: Precision
+    configs: Mapping[str, Any], adapter: AdapterConfig, precision: Precision
 ) -> Skeleton:
-    """The `EditModel` of some sources, without allocating anything."""
-    cfg = {name: source.config for name, source in found.items()}
+    """The `EditModel` of some architectures by child, without allocating anything."""
 
     def build():
-        return EditModel(**cfg, adapter=adapter, precision=precision, rngs=nnx.Rngs(0))
+        return EditModel(**configs, adapter=adapter, precision=precision, rngs=nnx.Rngs(0))
 
     return Skeleton(nnx.eval_shape(build))
 

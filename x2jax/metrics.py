@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,12 +29,12 @@ class Writer:
             self._file = path.open("a", buffering=1)
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line a call: {"step": ..., name: value, ...}."""
+    def write(self, step: int, values: Mapping[str, float], **extra: Any) -> None:
+        """One line a call: {"step": ..., name: value, ...}; `extra` goes to the file alone."""
         if self._file is None or self._board is None:
             return
         numbers = {k: float(v) for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.write(json.dumps({"step": step, **numbers, **extra}) + "\n")
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
 

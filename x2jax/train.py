@@ -190,14 +190,14 @@ class _Loop:
     def log(self, step, metrics, ids):
         values = {k: float(v) for k, v in metrics.items()}
         rate = self.progress.advance({"loss": values["loss"], "flow": values.get("flow", 0.0)})
+        sample_id = np.concatenate(ids).tolist()
         if not np.isfinite(values["loss"]):
-            samples_seen = np.concatenate(ids).tolist()
             raise FloatingPointError(
-                f"the loss of step {step} is {values['loss']}; samples {samples_seen}. "
+                f"the loss of step {step} is {values['loss']}; samples {sample_id}. "
                 "The last checkpoint is good: resume from it with a lower learning rate"
             )
         if step % self.config.log_every == 0 or step == self.config.steps:
-            self.writer.write(step, values | {"samples_per_second": rate})
+            self.writer.write(step, values | {"samples_per_second": rate}, sample_id=sample_id)
 
     def preview(self, step, state, held):
         """Held-out loss and sample grid from the moving average if there is one."""

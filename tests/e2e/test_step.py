@@ -52,12 +52,12 @@ def loss_and_grads(axes, count, workdir):
         placed = sharding.put_batch(batch, sharding.batch_sharding(mesh))
         value = jax.jit(jax.value_and_grad(recipe.loss, has_aux=True))
         (loss, metrics), grads = value(noisy(params, by_path), frozen, placed, jax.random.key(3))
-    return float(loss), metrics, jax.device_get(grads), grads
+    return float(loss), metrics, jax.device_get(grads)
 
 
 def test_four_devices_equal_one(workdir):
-    loss_1, metrics_1, grads_1, _ = loss_and_grads({"fsdp": 1}, 1, workdir)
-    loss_4, metrics_4, grads_4, sharded = loss_and_grads({"data": 2, "fsdp": 2}, 4, workdir)
+    loss_1, metrics_1, grads_1 = loss_and_grads({"fsdp": 1}, 1, workdir)
+    loss_4, metrics_4, grads_4 = loss_and_grads({"data": 2, "fsdp": 2}, 4, workdir)
     assert loss_4 == pytest.approx(loss_1, rel=1e-5)
     assert float(metrics_4["contrastive"]) == pytest.approx(
         float(metrics_1["contrastive"]), rel=1e-5
@@ -68,16 +68,36 @@ def test_four_devices_equal_one(workdir):
         scale = np.abs(grad).max()
         assert scale > 0, f"{path} has no gradient"
         np.testing.assert_allclose(grads_4[path] / scale, grad / scale, atol=1e-5, err_msg=path)
-    down = sharded["adapter/double_blocks/img_attn/q/down"]
-    assert down.sharding.spec[1] == "fsdp", "gradients are sharded as their parameters"
+
+
+def test_moments_lie_where_their_parameters_lie(workdir):
+    mesh, recipe, by_path, *_ = open_on({"data": 2, "fsdp": 2}, 4, workdir)
+    tx = optim.build(steps=10, **config().optimizer)
+    create = lambda p: states.create(p, tx, True)  # noqa: E731
+    placed = states.shardings(jax.eval_shape(create, recipe.trainable_abstract), by_path, mesh)
+    path = "adapter/double_blocks/img_attn/q/down"
+    found = [
+        where
+        for keys, where in jax.tree_util.tree_leaves_with_path(placed)
+        if getattr(keys[-1], "key", None) == path
+    ]
+    assert len(found) == 4, "parameter, average and two moments"
+    assert all(where == by_path[path] for where in found)
+    assert by_path[path].spec[1] == "fsdp"
 
 
 def test_one_program_for_all_aspect_ratios(workdir):
-    mesh, recipe, _, frozen, params = open_on({"fsdp": 1}, 1, workdir)
+    mesh, recipe, by_path, frozen, params = open_on({"fsdp": 1}, 1, workdir)
     tx = optim.build(steps=10, **config().optimizer)
-    step = jax.jit(make_step(recipe.loss, tx, seed=0, ema_decay=0.9))
+    create = lambda p: states.create(p, tx, True)  # noqa: E731
+    placed = states.shardings(jax.eval_shape(create, params), by_path, mesh)
+    step = jax.jit(
+        make_step(recipe.loss, tx, seed=0, ema_decay=0.9),
+        in_shardings=(placed, {p: by_path[p] for p in frozen}, sharding.batch_sharding(mesh, None)),
+        out_shardings=(placed, None),
+    )
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda p: states.create(p, tx, True))(params)
+        state = jax.jit(create, out_shardings=placed)(params)
         seen, stream = set(), recipe.data.iterate(0)
         for _ in range(4):
             batch = next(stream)

@@ -42,7 +42,11 @@ def attention(
 
 
 def _attention(q, k, v, lengths):
-    return jax.lax.platform_dependent(q, k, v, lengths, tpu=_splash, cuda=_cudnn, default=_xla)
+    kernels: dict[str, Any] = {"tpu": _splash}
+    if jax.default_backend() == "gpu":
+        # Every branch is traced, and tracing cuDNN's asks for cuDNN.
+        kernels["cuda"] = _cudnn
+    return jax.lax.platform_dependent(q, k, v, lengths, **kernels, default=_xla)
 
 
 def _xla(q, k, v, lengths):

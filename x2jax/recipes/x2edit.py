@@ -11,15 +11,18 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from x2jax import flow, losses, sources
 from x2jax.adapters import AdapterConfig
+from x2jax.data import transforms
 from x2jax.data.batch import Batch
-from x2jax.data.edits import EditData
+from x2jax.data.edits import BUCKETS, EditData
 from x2jax.edit_model import (
     EditModel,
     Precision,
+    configs_of,
     find_sources,
     initial_adapter,
     load_child,
     make_skeleton,
+    published_configs,
 )
 from x2jax.encoders.tokenize import TextTokenizer
 from x2jax.flux import TARGET
@@ -196,11 +199,7 @@ class X2Edit(EditObjective):
     @property
     def trainable_abstract(self) -> Params:
         """Shapes of the trainable tree; float32 masters."""
-        return {
-            p: jax.ShapeDtypeStruct(x.shape, jnp.float32)
-            for p, x in self.skeleton.abstract.items()
-            if matches(p, self.trainable)
-        }
+        return masters(self.skeleton, self.trainable)
 
     @property
     def source_paths(self) -> dict[str, str]:
@@ -238,6 +237,15 @@ class X2Edit(EditObjective):
         return self.edit(params, frozen, batch, jax.random.key(0), **self.previews)
 
 
+def masters(skeleton: Skeleton, trainable: tuple[str, ...]) -> Params:
+    """Shapes of what trains, in float32."""
+    return {
+        p: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        for p, x in skeleton.abstract.items()
+        if matches(p, trainable)
+    }
+
+
 def build(config: Any, workdir: Path, mesh: Mesh) -> X2Edit:
     """Opens everything that a config names; loads no weights yet.
 
@@ -247,10 +255,7 @@ def build(config: Any, workdir: Path, mesh: Mesh) -> X2Edit:
     """
     sources.require(config, ("flux", "mllm", "alignnet", "data"))
     found = find_sources(flux=config.flux, mllm=config.mllm, alignnet=config.alignnet)
-    adapter = AdapterConfig(**config.adapter)
-    skeleton = make_skeleton(found, adapter, Precision(**config.precision))
-    trainable = tuple(config.trainable)
-    check_rules(skeleton.paths, trainable, "--config.trainable")
+    skeleton, trainable = _model(config, configs_of(found))
     text = config.text
     tokenize = TextTokenizer(found["mllm"].path, text.length, text.template)
     data = EditData(
@@ -272,8 +277,49 @@ def build(config: Any, workdir: Path, mesh: Mesh) -> X2Edit:
         objective=Objective(**config.objective),
         remat=config.remat,
         trainable=trainable,
-        adapter=adapter,
+        adapter=AdapterConfig(**config.adapter),
         found=found,
         data=data,
         previews=dict(config.preview),
     )
+
+
+def outline(config: Any) -> tuple[EditObjective, tuple[str, ...], Batch]:
+    """What a config compiles to, without weights or data: for `x2jax.plan`.
+
+    Architectures come from the folders that the config names; those it leaves out are the
+    published ones.
+
+    Returns:
+      The objective, the rules of what trains, and the shapes of a micro-batch.
+    """
+    configs = published_configs()
+    if config.flux or config.mllm or config.alignnet:
+        sources.require(config, ("flux", "mllm", "alignnet"))
+        found = find_sources(flux=config.flux, mllm=config.mllm, alignnet=config.alignnet)
+        configs = configs_of(found)
+    skeleton, trainable = _model(config, configs)
+    objective = EditObjective(skeleton, Objective(**config.objective), config.remat)
+    count, slots = config.batch_size, config.image.slots
+    height, width = transforms.canvas_size(BUCKETS[config.image.buckets])
+
+    def array(dtype: str, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((count, *shape), dtype)
+
+    batch = Batch(
+        pixels=array("uint8", slots, height, width, 3),
+        sizes=array("int32", slots, 2),
+        text_ids=array("int32", config.text.length),
+        text_mask=array("bool", config.text.length),
+        task=array("int32"),
+        sample_id=array("int32"),
+    )
+    return objective, trainable, batch
+
+
+def _model(config: Any, configs: dict[str, Any]) -> tuple[Skeleton, tuple[str, ...]]:
+    adapter = AdapterConfig(**config.adapter)
+    skeleton = make_skeleton(configs, adapter, Precision(**config.precision))
+    trainable = tuple(config.trainable)
+    check_rules(skeleton.paths, trainable, "--config.trainable")
+    return skeleton, trainable

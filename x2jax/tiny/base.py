@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from x2jax import flow
 from x2jax.adapters import X2EDIT_TINY
-from x2jax.edit_model import EditModel, Precision, find_sources, load_child, make_skeleton
+from x2jax.edit_model import (
+    EditModel,
+    Precision,
+    configs_of,
+    find_sources,
+    load_child,
+    make_skeleton,
+)
 from x2jax.encoders.tokenize import TextTokenizer
 from x2jax.flux import TARGET, ImageStream
 from x2jax.flux.latents import patchify
@@ -36,7 +43,7 @@ def open_family(root: Path, seed: int):
     family.write_untrained(root, seed)  # the files say what sizes the models have
     names = dict(flux=root / "flux", mllm=root / "qwen", alignnet=root / "alignnet")
     found = find_sources(**{k: str(v) for k, v in names.items()})
-    skeleton = make_skeleton(found, X2EDIT_TINY, Precision("float32", "float32"))
+    skeleton = make_skeleton(configs_of(found), X2EDIT_TINY, Precision("float32", "float32"))
     by_path = param_shardings(skeleton.abstract, make_mesh({"fsdp": 1}, jax.devices()[:1]))
     frozen: Params = {}
     for name in ("vae", "mllm"):
