@@ -58,6 +58,7 @@ def topology_mesh(name: str, axes: Any) -> Mesh:
     # libtpu would ask a metadata server what it runs on; here it only compiles.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as e:  # libtpu raises several kinds
@@ -123,19 +124,17 @@ def report(config: Any, mesh: Mesh, found: Plan) -> str:
     )
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, as FILE.py[:ARG].")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology, as v5e:2x4; empty: devices here.")
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config: Any = _CONFIG.value
+    config, topology = flags.FLAGS.config, flags.FLAGS.topology
     axes = config.mesh
-    mesh = topology_mesh(_TOPOLOGY.value, axes) if _TOPOLOGY.value else sharding.make_mesh(axes)
+    mesh = topology_mesh(topology, axes) if topology else sharding.make_mesh(axes)
     print(report(config, mesh, plan(config, mesh)))
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Training config, as FILE.py[:ARG].")
+    flags.DEFINE_string("topology", "", "TPU topology, as v5e:2x4; default: the devices here.")
     flags.mark_flag_as_required("config")
     app.run(main)

@@ -211,10 +211,6 @@ class _Loop:
         self.progress.say(f"step {step}: {shown}; grid in {self.workdir / 'samples'}")
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, as FILE.py[:ARG].")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives; default runs/CONFIG[-ARG].")
-
-
 def default_workdir(config_path: str) -> Path:
     """`configs/x2edit.py:512` -> runs/x2edit-512."""
     file, _, arg = config_path.partition(":")
@@ -226,12 +222,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(path)
+    workdir = Path(flags.FLAGS.workdir) if flags.FLAGS.workdir else default_workdir(path)
     began = time.monotonic()
-    train(_CONFIG.value, workdir)
+    train(flags.FLAGS.config, workdir)
     print(f"done in {time.monotonic() - began:.0f} s; checkpoints in {workdir / 'checkpoints'}")
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Training config, as FILE.py[:ARG].")
+    flags.DEFINE_string("workdir", "", "Where the run lives; default runs/CONFIG[-ARG].")
     flags.mark_flag_as_required("config")
     app.run(main)

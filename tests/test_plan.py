@@ -1,0 +1,56 @@
+"""The planner: shapes alone, and the full-size step for a TPU that is not here."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs.x2edit import get_config
+from x2jax import plan, recipes, sharding
+from x2jax.trees import nbytes
+
+
+def test_planning_needs_neither_weights_nor_data():
+    config = get_config()
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    found = plan.plan(config, mesh)
+    objective, rules, _ = recipes.module("x2edit").outline(config)
+    masters = nbytes(recipes.module("x2edit").masters(objective.skeleton, rules))
+    # Parameters and two moments, half of them on each of the fsdp pair, and the frozen weights.
+    assert found.arguments > 3 * masters / 2
+    assert found.peak >= found.arguments
+    text = plan.report(config, mesh, found)
+    assert "peak" in text and "compare with your device" in text
+
+
+def test_unset_sources_mean_the_published_sizes():
+    config = get_config("1024")
+    objective, rules, batch = recipes.module("x2edit").outline(config)
+    trainable = recipes.module("x2edit").masters(objective.skeleton, rules)
+    assert sum(x.size for x in trainable.values()) == 985_251_840 + 16 * 3072
+    flux = sum(x.size for p, x in objective.skeleton.abstract.items() if p.startswith("flux/"))
+    assert flux == 11_901_408_320
+    assert batch.pixels.shape[0] == config.batch_size
+
+
+def test_unknown_topologies_are_refused_with_examples():
+    with pytest.raises(ValueError, match=r"--topology=v5e:9x9.* named as v5e:2x4"):
+        plan.topology_mesh("v5e:9x9", {"fsdp": -1})
+
+
+@pytest.mark.slow
+def test_the_full_size_1024_step_fits_eight_v5e_chips():
+    command = "-m x2jax.plan --config configs/x2edit.py:1024 --topology v5e:2x4"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--config.batch_size=8"],
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    assert "8 x TPU v5 lite" in done.stdout and "of 16 GiB: fits" in done.stdout
+    peak = re.search(r"peak +([\d.]+) GiB", done.stdout)
+    assert peak and 8 < float(peak[1]) < 16
