@@ -4,7 +4,6 @@ To add one: a table file, and an entry in `FORMATS`.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from x2jax.alignnet import AlignNet, AlignNetConfig
 from x2jax.encoders.qwen2_5_vl import Qwen2_5_VL, QwenConfig
 from x2jax.encoders.vae import VAE, VAEConfig
 from x2jax.flux import FLUX_DEV, Flux, FluxConfig
+from x2jax.sources import read_config
 from x2jax.trees import Skeleton, prefixed
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
@@ -156,19 +156,9 @@ def adapter_config(config: Mapping[str, Any]) -> AdapterConfig:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give the folder that holds it")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
-
-
 def _read_qwen(folder: Path) -> dict[str, Any]:
     nested = any(n.startswith("model.language_model.") for n in open_weights(folder))
-    return _read_config(folder) | ({"x2jax_nested": True} if nested else {})
+    return read_config(folder) | ({"x2jax_nested": True} if nested else {})
 
 
 def _read_alignnet(path: Path) -> dict[str, Any]:
@@ -249,7 +239,7 @@ def x2edit_config(params: Mapping[str, Any]) -> dict[str, Any]:
 def _class_is(name: str) -> Callable[[Path], bool]:
     def check(path: Path) -> bool:
         try:
-            return name in (_read_config(path).get(k) for k in ("_class_name", "model_type"))
+            return name in (read_config(path).get(k) for k in ("_class_name", "model_type"))
         except (OSError, ValueError):
             return False
 
@@ -276,7 +266,7 @@ FORMATS = {
         Format(
             "flux-diffusers",
             "transformer/ of a diffusers folder of FLUX.1",
-            _read_config,
+            read_config,
             _flux,
             _class_is("FluxTransformer2DModel"),
             has_config=True,
@@ -284,7 +274,7 @@ FORMATS = {
         Format(
             "vae-diffusers",
             "vae/ of a diffusers folder of FLUX.1",
-            _read_config,
+            read_config,
             _vae,
             _class_is("AutoencoderKL"),
             has_config=True,

@@ -78,7 +78,7 @@ def moments(skeleton, frozen, params, pixels) -> tuple[np.ndarray, np.ndarray]:
 
     @jax.jit
     def encode(frozen, x):
-        model: EditModel = skeleton.merge(frozen, params, _adapters(skeleton))
+        model: EditModel = skeleton.merge(frozen, params, zero_adapters(skeleton))
         return model.vae.encode(x.astype(jnp.float32) / 127.5 - 1)
 
     parts = [encode(frozen, pixels[k : k + 64]) for k in range(0, len(pixels), 64)]
@@ -87,7 +87,7 @@ def moments(skeleton, frozen, params, pixels) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _adapters(skeleton) -> Params:
+def zero_adapters(skeleton) -> Params:
     shapes = {p: x for p, x in skeleton.abstract.items() if p.startswith("adapter/")}
     return {p: np.zeros(x.shape, np.float32) for p, x in shapes.items()}
 
@@ -100,7 +100,7 @@ def make_loss(skeleton):
 
     def loss(params, frozen, batch, key):
         mean, logvar, ids, mask = batch
-        model: EditModel = skeleton.merge(params, frozen, _adapters(skeleton))
+        model: EditModel = skeleton.merge(params, frozen, zero_adapters(skeleton))
         latent_key, u_key, noise_key, guidance_key = jax.random.split(key, 4)
         z = model.vae.normalise(model.vae.sample(mean, logvar, latent_key))
         x0 = patchify(z).reshape(len(z), -1, 64)
