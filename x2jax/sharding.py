@@ -57,6 +57,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mllm/layers/.*/o_proj/kernel", ("layers", "heads", "embed")),
     (r"mllm/layers/.*/(gate_proj|up_proj)/kernel", ("layers", "embed", "mlp")),
     (r"mllm/layers/.*/down_proj/kernel", ("layers", "mlp", "embed")),
+    (r"mllm/visual/patch_embed/kernel", (None, "embed")),
+    (r"mllm/visual/blocks/attn/(q|k|v)/kernel", ("layers", "embed", "heads")),
+    (r"mllm/visual/blocks/attn/proj/kernel", ("layers", "heads", "embed")),
+    (r"mllm/visual/blocks/mlp/(gate_proj|up_proj)/kernel", ("layers", "embed", "mlp")),
+    (r"mllm/visual/blocks/mlp/down_proj/kernel", ("layers", "mlp", "embed")),
+    (r"mllm/visual/merger/mlp_in/kernel", ("embed", "mlp")),
+    (r"mllm/visual/merger/mlp_out/kernel", ("mlp", "embed")),
     (r"mllm/(layers/)?.*(bias|scale)", ()),
     # The VAE is 168 MB: replicated.
     (r"vae/.*", ()),

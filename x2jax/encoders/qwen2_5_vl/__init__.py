@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: the text path."""
+"""Qwen2.5-VL: the text path, and the vision tower beside it."""
 
 from x2jax.encoders.qwen2_5_vl.config import (
     QWEN2_5_VL_3B,
@@ -7,5 +7,29 @@ from x2jax.encoders.qwen2_5_vl.config import (
     QwenConfig,
 )
 from x2jax.encoders.qwen2_5_vl.model import Qwen2_5_VL
+from x2jax.encoders.qwen2_5_vl.positions import mrope_positions
+from x2jax.encoders.qwen2_5_vl.preprocess import Media, image_patches, pack, video_patches
+from x2jax.encoders.qwen2_5_vl.vision import VisionInputs, VisionTower
+from x2jax.encoders.qwen2_5_vl.vision_config import (
+    QWEN2_5_VL_3B_VISION,
+    QWEN2_5_VL_7B_VISION,
+    VisionConfig,
+)
 
-__all__ = ["QWEN2_5_VL_3B", "QWEN2_5_VL_7B", "QWEN_TINY", "Qwen2_5_VL", "QwenConfig"]
+__all__ = [
+    "QWEN2_5_VL_3B",
+    "QWEN2_5_VL_3B_VISION",
+    "QWEN2_5_VL_7B",
+    "QWEN2_5_VL_7B_VISION",
+    "QWEN_TINY",
+    "Media",
+    "Qwen2_5_VL",
+    "QwenConfig",
+    "VisionConfig",
+    "VisionInputs",
+    "VisionTower",
+    "image_patches",
+    "mrope_positions",
+    "pack",
+    "video_patches",
+]
