@@ -10,6 +10,10 @@ from flax import nnx
 from converters.alignnet import alignnet_table, sizes
 from tests import parity
 from x2jax.alignnet import AlignNet, AlignNetConfig
+from x2jax.encoders.qwen2_5_vl import Qwen2_5_VL, QwenConfig
+
+QWEN = QwenConfig(3, 32, 4, 2, 48, 40, False, (1, 1, 2))
+F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
 
 
 class Mlp(torch.nn.Module):
@@ -50,7 +54,7 @@ def test_equals_the_transcription(mixing):
     assert AlignNetConfig(**sizes({k: v.shape for k, v in source.items()})) == cfg
 
     def make():
-        return AlignNet(cfg, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+        return AlignNet(cfg, **F32, rngs=nnx.Rngs(0))
 
     ours = parity.fill(make, alignnet_table(cfg.states, mixing), source)
     x = np.random.default_rng(0).standard_normal((2, 5, 7, 12)).astype(np.float32)
@@ -72,9 +76,66 @@ def test_equals_the_transcription(mixing):
 def test_published_sizes(states, width, millions):
     mixing = "scale" if states == 25 else "conv"
     cfg = AlignNetConfig(states, width, mixing=mixing)
-    state = nnx.state(
-        nnx.eval_shape(
-            lambda: AlignNet(cfg, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-        )
-    )
+    state = nnx.state(nnx.eval_shape(lambda: AlignNet(cfg, **F32, rngs=nnx.Rngs(0))))
     assert sum(x.size for x in jax.tree.leaves(state)) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def conditioners(mixing):
+    """(AlignNet's state, the model's state) -> scalar of the condition: stacked, and summed."""
+    mllm = Qwen2_5_VL(QWEN, **F32, rngs=nnx.Rngs(0))
+    align = AlignNet(AlignNetConfig(4, 32, 20, 6, mixing), **F32, rngs=nnx.Rngs(1))
+    (of_mllm, states), (of_align, weights) = nnx.split(mllm), nnx.split(align)
+    if mixing == "conv":
+        weights.conv.bias.set_value(jnp.full((1,), 0.3))
+    else:
+        weights.cha_scale.set_value(jnp.array([0.5, -1.0, 2.0, 1.0]))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 9)))
+    mask = jnp.arange(9) >= jnp.array([[3], [0]])
+    cotangent = jax.random.normal(jax.random.key(0), (2, 9, 20))
+
+    def scalar(how):
+        def run(weights, states):
+            align, mllm = nnx.merge(of_align, weights), nnx.merge(of_mllm, states)
+            if how == "stacked":
+                out = align(jax.lax.stop_gradient(mllm.hidden_states(ids, mask)))
+            else:
+                out = align.condition(mllm, ids, mask)
+            return (out.txt_BTD * cotangent).sum() + jnp.sin(out.pooled_BP).sum()
+
+        return run
+
+    return scalar("stacked"), scalar("summed"), weights, states
+
+
+@pytest.mark.parametrize("mixing", ["conv", "scale"])
+def test_states_added_up_as_they_appear_equal_the_stack(mixing):
+    stacked, summed, weights, states = conditioners(mixing)
+    value, grads = jax.jit(jax.value_and_grad(stacked))(weights, states)
+    ours, mine = jax.jit(jax.value_and_grad(summed))(weights, states)
+    assert ours == pytest.approx(float(value), rel=1e-5)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(mine), strict=True)
+    for (path, x), y in pairs:
+        name = jax.tree_util.keystr(path)
+        if "conv" in name and "bias" in name:  # the layer norm takes a constant away
+            continue
+        scale = np.abs(x).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(y / scale, x / scale, atol=1e-5, err_msg=name)
+    into_mllm = jax.jit(jax.grad(summed, argnums=1))(weights, states)
+    assert all(not np.any(x) for x in jax.tree.leaves(into_mllm))
+
+
+def arrays_of(jaxpr):
+    """Shapes of everything that a program computes, inside its loops too."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from arrays_of(inner)
+
+
+def test_no_stack_of_states_is_kept_for_the_gradient():
+    stacked, summed, weights, states = conditioners("conv")
+    of_stack = {(QWEN.states, 2, 9, 32), (QWEN.layers, 2, 9, 32)}
+    for run, expected in ((stacked, True), (summed, False)):
+        program = jax.make_jaxpr(jax.grad(run))(weights, states)
+        assert bool(of_stack & set(arrays_of(program.jaxpr))) == expected

@@ -1,7 +1,7 @@
 """AlignNet: hidden states of a multimodal LLM to FLUX's text features (spec x2i.md section 1)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,30 @@ class Conv(nnx.Module):
         return out[..., 0] + self.bias[...].astype(dtype)
 
 
+def add_state(total_BTH: Array, state_BTH: Array, weight: Array) -> Array:
+    """Adds one hidden state to the mixture, in the dtype of `total_BTH`.
+
+    Args:
+      weight: (5, 5), the state's part of the convolution, or a scalar.
+    """
+    x, weight = state_BTH.astype(total_BTH.dtype), weight.astype(total_BTH.dtype)
+    if weight.ndim == 0:
+        return total_BTH + weight * x
+    _, rows, columns = x.shape
+    x = jnp.pad(x, ((0, 0), (2, 2), (2, 2)))
+    # Shifted sums: as a convolution of one channel to one, TPUs would pad each channel to a tile.
+    for i in range(5):
+        for j in range(5):
+            total_BTH += weight[i, j] * x[:, i : i + rows, j : j + columns]
+    return total_BTH
+
+
 class AlignNet(nnx.Module):
-    """The bridge of X2I. Pads are processed and attended like tokens, as published."""
+    """The bridge of X2I. Pads are processed and attended like tokens, as published.
+
+    `condition` adds the states of an MLLM up as they appear; `__call__` takes them as a stack. They
+    are equal, the stack needs a lot more memory (`benchmarks/aot_mixing.py`).
+    """
 
     def __init__(self, cfg: AlignNetConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         self.cfg, self.dtype = cfg, dtype
@@ -77,18 +99,50 @@ class AlignNet(nnx.Module):
         Raises:
           ValueError: another number or width of hidden states than the config's.
         """
-        found = (states_NBTH.shape[0], states_NBTH.shape[-1])
-        if found != (self.cfg.states, self.cfg.width):
+        self.check(states_NBTH.shape[0], states_NBTH.shape[-1])
+        if self.cfg.mixing == "conv":
+            return self._project(self.conv(states_NBTH, self.dtype))
+        weights = self.weights_N.astype(self.dtype)
+        return self._project(jnp.einsum("NBTH,N->BTH", states_NBTH.astype(self.dtype), weights))
+
+    def condition(self, mllm: Any, *inputs: Any, **more: Any) -> Condition:
+        """What the states of an MLLM make: `self(mllm.hidden_states(...))` without the stack.
+
+        No gradient enters the MLLM. The sum is float32 whatever the dtype of the states.
+
+        Args:
+          mllm: has `mixed_states`, as `x2jax.encoders.qwen2_5_vl.Qwen2_5_VL`.
+          inputs, more: what its `hidden_states` takes.
+
+        Raises:
+          ValueError: another MLLM's AlignNet, or as `hidden_states`.
+        """
+        self.check(mllm.cfg.states, mllm.cfg.width)
+        return self.project(mllm.mixed_states(add_state, self.weights_N, *inputs, **more))
+
+    @property
+    def weights_N(self) -> Float[Array, "N ..."]:
+        """What `add_state` weighs each hidden state with."""
+        if self.cfg.mixing == "conv":
+            return jnp.moveaxis(self.conv.kernel[...][..., 0], -1, 0)
+        return self.cha_scale[...] / self.cfg.states
+
+    def project(self, total_BTH: Float[Array, "B T H"]) -> Condition:
+        """Text features and pooled vector of a finished sum of `add_state`."""
+        if self.cfg.mixing == "conv":
+            total_BTH += self.conv.bias[...].astype(total_BTH.dtype)
+        return self._project(total_BTH)
+
+    def check(self, states: int, width: int) -> None:
+        """Raises ValueError unless an MLLM with so many states of this width is the config's."""
+        if (states, width) != (self.cfg.states, self.cfg.width):
             raise ValueError(
                 f"this AlignNet takes {self.cfg.states} hidden states of width {self.cfg.width}, "
-                f"the MLLM gives {found[0]} of width {found[1]}: is it another MLLM's AlignNet?"
+                f"the MLLM gives {states} of width {width}: is it another MLLM's AlignNet?"
             )
-        if self.cfg.mixing == "conv":
-            x = self.conv(states_NBTH, self.dtype)
-        else:
-            scale = self.cha_scale[...].astype(self.dtype) / self.cfg.states
-            x = jnp.einsum("NBTH,N->BTH", states_NBTH.astype(self.dtype), scale)
-        h = self.projector_in(self.layernorm(x))
+
+    def _project(self, x_BTH) -> Condition:
+        h = self.projector_in(self.layernorm(x_BTH))
         txt = self.projector_out(jax.nn.gelu(h, approximate=False))
         pooled = self.fc(jax.nn.gelu(txt, approximate=False)).mean(axis=1)
         return Condition(txt, pooled)

@@ -4,12 +4,15 @@ In text the three rotary position rows are equal, so mrope is ordinary rotary em
 videos bring positions of their own, and the tokens that the optional vision tower makes of them.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from x2jax.encoders.qwen2_5_vl import mixing
 from x2jax.encoders.qwen2_5_vl.config import QwenConfig
 from x2jax.encoders.qwen2_5_vl.layers import MLP, RMSNorm, rotate_half
 from x2jax.encoders.qwen2_5_vl.vision import VisionInputs, VisionTower
@@ -129,20 +132,49 @@ class Qwen2_5_VL(nnx.Module):
         Raises:
           ValueError: `vision` without a tower, or without positions.
         """
+        x, step = self.enter(ids_BT, mask_BT, positions_BT3, vision)
+
+        def body(x, layer):
+            y = step(layer, x)
+            return y, y
+
+        last, states = jax.lax.scan(body, x, self.layers)
+        return jnp.concatenate([x[None], states[:-1], self.norm(last)[None]])
+
+    def mixed_states(
+        self,
+        add: mixing.Add,
+        weights_N: Float[Array, "N ..."],
+        ids_BT: Int[Array, "B T"],
+        mask_BT: Bool[Array, "B T"],
+        *,
+        positions_BT3: Int[Array, "B T 3"] | None = None,
+        vision: VisionInputs | None = None,
+    ) -> Float[Array, "B T D"]:
+        """A float32 sum over the states of `hidden_states` that never holds them all at once.
+
+        No gradient enters this model; that of `weights_N` is exact.
+
+        Args:
+          add: (sum, state, weight) -> sum, as `x2jax.alignnet.add_state`.
+          weights_N: a weight for each state.
+
+        Raises:
+          ValueError: as `hidden_states`.
+        """
+        start = jnp.zeros((*ids_BT.shape, self.cfg.width), jnp.float32)
+        return mixing.mix(self, add, weights_N, start, (ids_BT, mask_BT, positions_BT3, vision))
+
+    def enter(self, ids_BT, mask_BT, positions_BT3, vision) -> tuple[Array, Callable]:
+        """The embeddings, and the function (layer, x) -> x that the scans run."""
         cos, sin = self._rotary(mask_BT, positions_BT3)
         length = ids_BT.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))
         allowed = (causal & mask_BT[:, None, :]) | jnp.eye(length, dtype=bool)
-
-        def body(x, layer):
-            y = layer(x, cos, sin, allowed[:, None])
-            return y, y
-
         x = self.embed_tokens(ids_BT)
         if vision is not None:
             x = self._splice(x, ids_BT, mask_BT, positions_BT3, vision)
-        last, states = jax.lax.scan(body, x, self.layers)
-        return jnp.concatenate([x[None], states[:-1], self.norm(last)[None]])
+        return x, lambda layer, x: layer(x, cos, sin, allowed[:, None])
 
     def _rotary(self, mask_BT, positions_BT3):
         half = self.cfg.head_dim // 2
