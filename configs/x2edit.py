@@ -13,6 +13,8 @@ Published: GEdit-Bench++ EN judge 8.334, ImgEdit-Bench 8.025 (spec x2edit.md sec
 
 from ml_collections import ConfigDict
 
+from x2jax import optim
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config of a stage: "" or "tiny", "512", "1024"."""
@@ -56,19 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.image = ConfigDict(dict(buckets="512", slots=2))
     c.sampler = ConfigDict(dict(alpha=0.0))
     c.workers = 8
-    c.optimizer = ConfigDict(
-        dict(
-            name="adamw",
-            learning_rate=1e-4,
-            schedule="constant",
-            warmup=0,
-            clip=1.0,
-            b1=0.9,
-            b2=0.999,
-            eps=1e-8,
-            weight_decay=1e-4,
-        )
-    )
+    c.optimizer = ConfigDict(optim.defaults(learning_rate=1e-4))
     c.ema_decay = 0.0  # 0 keeps no average
     c.precision = ConfigDict(dict(compute="bfloat16", frozen="bfloat16"))
     c.remat = "full"

@@ -81,27 +81,3 @@ def test_gradients_are_clipped_by_their_global_norm():
     updates, _ = sgd.update(grads, sgd.init(grads))
     assert float(optax.global_norm(updates)) == pytest.approx(1, rel=1e-6)
     assert jax.tree.structure(tx.init(grads)[0]) == jax.tree.structure(sgd.init(grads)[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("constant", [0, 0.5, 1, 1, 1]),
-        ("linear", [0, 0.5, 1, 0.5, 0]),
-        ("cosine", [0, 0.5, 1, 0.5, 0]),
-    ],
-)
-def test_schedules(name, values):
-    schedule = optim.make_schedule(name, 1.0, 2, 6)
-    np.testing.assert_allclose([schedule(k) for k in (0, 1, 2, 4, 6)], values, atol=1e-6)
-
-
-def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown optimizer 'adam': use one of adamw"):
-        optim.build(steps=1, **OPTIMIZER | dict(name="adam"))
-    with pytest.raises(ValueError, match="unknown schedule 'step': use one of constant"):
-        optim.build(steps=1, **OPTIMIZER | dict(schedule="step"))
-    with pytest.raises(ValueError, match=r"needs more than 5 \(warmup\) steps, got 5"):
-        optim.build(steps=5, **OPTIMIZER | dict(schedule="cosine", warmup=5))
-    with pytest.raises(TypeError, match="nesterof"):
-        optim.build(steps=1, **OPTIMIZER, nesterof=True)

@@ -126,16 +126,39 @@ def param_shardings(abstract: Params, mesh: Mesh) -> dict[str, NamedSharding]:
     return shardings
 
 
-def tree_shardings(tree: Any, by_path: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+def tree_shardings(
+    tree: Any, by_path: Mapping[str, NamedSharding], shapes: Params, mesh: Mesh
+) -> Any:
     """Shardings of any tree that holds `Params`: a leaf under a path is placed as that parameter.
 
-    So Adam's moments lie where their parameters lie; everything else is replicated.
+    So Adam's moments lie where their parameters lie. A leaf that lacks one axis of its parameter,
+    as Adafactor's rows and columns do, is placed by the axes that it has; everything else is
+    replicated.
+
+    Args:
+      tree: of arrays or shapes.
+      by_path: shardings of the parameters.
+      shapes: the parameters or their shapes.
+      mesh: of the shardings.
     """
-    replicated = NamedSharding(mesh, P())
 
     def place(key_path, leaf):
         names = [k.key for k in key_path if isinstance(k, jax.tree_util.DictKey)]
-        return next((by_path[n] for n in names if n in by_path), replicated)
+        path = next((n for n in names if n in by_path), None)
+        if path is None:
+            return NamedSharding(mesh, P())
+        shape, spec = shapes[path].shape, by_path[path].spec
+        if leaf.shape == shape:
+            return by_path[path]
+        axes = [*spec] + [None] * (len(shape) - len(spec))
+        fits = [
+            axes[:a] + axes[a + 1 :]
+            for a in range(len(shape))
+            if leaf.shape == shape[:a] + shape[a + 1 :]
+        ]
+        # Where two axes have one size, either placement is right: take the one that shards more.
+        best = max(fits, key=lambda axes: sum(a is not None for a in axes), default=[])
+        return NamedSharding(mesh, P(*best))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

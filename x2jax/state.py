@@ -30,11 +30,13 @@ class TrainState:
 
 def create(params: Params, tx: optax.GradientTransformation, ema: bool) -> TrainState:
     """The state at step 0. Call under `jax.jit` with the shardings of `shardings`."""
-    # A copy: donating a state whose EMA aliases its parameters would free them twice.
+    # Copies: donating a state whose EMA, or Prodigy's start, aliases its parameters would free
+    # them twice.
     average = jax.tree.map(jnp.copy, params) if ema else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+    moments = tx.init(jax.tree.map(jnp.copy, params))
+    return TrainState(jnp.zeros((), jnp.int32), params, moments, average)
 
 
 def shardings(abstract: TrainState, by_path: dict, mesh: Mesh) -> TrainState:
     """Moments and averages lie where their parameters lie."""
-    return tree_shardings(abstract, by_path, mesh)
+    return tree_shardings(abstract, by_path, abstract.params, mesh)
