@@ -17,8 +17,7 @@ def test_planning_needs_neither_weights_nor_data():
     config = get_config()
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
     found = plan.plan(config, mesh)
-    objective, rules, _ = recipes.module("x2edit").outline(config)
-    masters = nbytes(recipes.module("x2edit").masters(objective.skeleton, rules))
+    masters = nbytes(recipes.outline(config).trainable_abstract)
     # Parameters and two moments, half of them on each of the fsdp pair, and the frozen weights.
     assert found.arguments > 3 * masters / 2
     assert found.peak >= found.arguments
@@ -28,12 +27,11 @@ def test_planning_needs_neither_weights_nor_data():
 
 def test_unset_sources_mean_the_published_sizes():
     config = get_config("1024")
-    objective, rules, batch = recipes.module("x2edit").outline(config)
-    trainable = recipes.module("x2edit").masters(objective.skeleton, rules)
-    assert sum(x.size for x in trainable.values()) == 985_251_840 + 16 * 3072
-    flux = sum(x.size for p, x in objective.skeleton.abstract.items() if p.startswith("flux/"))
+    recipe = recipes.outline(config)
+    assert sum(x.size for x in recipe.trainable_abstract.values()) == 985_251_840 + 16 * 3072
+    flux = sum(x.size for p, x in recipe.skeleton.abstract.items() if p.startswith("flux/"))
     assert flux == 11_901_408_320
-    assert batch.pixels.shape[0] == config.batch_size
+    assert recipe.batch().pixels.shape[0] == config.batch_size
 
 
 def test_unknown_topologies_are_refused_with_examples():

@@ -12,7 +12,6 @@ from configs.x2edit import get_config
 from tests.converters.test_x2edit import make_run, trained_tree
 from x2jax import recipes, sources, train
 from x2jax.metrics import Writer
-from x2jax.sharding import make_mesh
 
 
 def meta(**changes):
@@ -44,7 +43,7 @@ def test_a_workdir_of_another_config_lists_every_difference():
 
 def test_unset_sources_say_how_to_get_each(tmp_path):
     with pytest.raises(ValueError) as e:
-        recipes.build(get_config("1024"), tmp_path, make_mesh({"fsdp": -1}))
+        recipes.build(get_config("1024"), tmp_path)
     for name in ("flux", "mllm", "alignnet", "data"):
         assert f"--config.{name}=...  " in str(e.value)
     assert str(e.value).count("hf download") == 4

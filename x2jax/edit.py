@@ -15,14 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
-from x2jax import sharding, sources
-from x2jax.adapters import AdapterConfig
+from x2jax import sharding
+from x2jax.children import load_child
 from x2jax.data import tasks, transforms
 from x2jax.data.batch import Batch
 from x2jax.data.edits import BUCKETS
-from x2jax.edit_model import Precision, configs_of, find_sources, load_child, make_skeleton
-from x2jax.encoders.tokenize import TextTokenizer
-from x2jax.recipes.x2edit import EditObjective, Objective
+from x2jax.recipes import recipe_class
 from x2jax.samples import to_uint8
 from x2jax.trained import fit, open_trained, placed
 from x2jax.trees import Params
@@ -59,27 +57,23 @@ class Editor:
         trained, meta = open_trained(run, step, ema=ema)
         config: Any = ConfigDict(meta["config"])
         config.flux, config.mllm = flux or config.flux, mllm or config.mllm
-        sources.require(config, ("flux", "mllm", "alignnet"))
-        found = find_sources(flux=config.flux, mllm=config.mllm, alignnet=config.alignnet)
-        skeleton = make_skeleton(
-            configs_of(found), AdapterConfig(**config.adapter), Precision(**config.precision)
-        )
+        recipe: Any = recipe_class(config.recipe).open(config)
+        skeleton = recipe.skeleton
         mesh = sharding.make_mesh({"fsdp": -1})
         by_path = sharding.param_shardings(skeleton.abstract, mesh)
         self._frozen: Params = {}
-        for name in found:
-            self._frozen |= load_child(skeleton, found, name, by_path)
+        for name in recipe.found:
+            self._frozen |= load_child(skeleton, recipe.found, name, by_path)
         trained = fit(trained, skeleton.abstract, str(run))
         self._frozen = {p: x for p, x in self._frozen.items() if p not in trained}
         self._params = placed(trained, skeleton.abstract, by_path)
         missing = [p for p in skeleton.paths if p not in self._frozen and p not in self._params]
         if missing:
             raise ValueError(f"{run} lacks parameters: {missing}")
-        self._objective = EditObjective(skeleton, Objective(**config.objective), config.remat)
-        self._tokenize = TextTokenizer(found["mllm"].path, config.text.length, config.text.template)
+        self._tokenize = recipe.tokenizer()
         self._slots, self._mesh = config.image.slots, mesh
         self.buckets = BUCKETS[config.image.buckets]
-        self._run = jax.jit(self._objective.edit, static_argnames=("steps", "shift"))
+        self._run = jax.jit(recipe.edit, static_argnames=("steps", "shift"))
         self._preview = dict(config.preview)
 
     def __call__(
@@ -113,12 +107,10 @@ class Editor:
         transforms.place(picture, bucket, pixels[0, 1])
         sizes = np.zeros((1, self._slots, 2), np.int32)
         sizes[0, :2] = bucket[::-1]
-        ids, mask = self._tokenize([prompt])
         batch = Batch(
             pixels=jnp.asarray(pixels),
             sizes=jnp.asarray(sizes),
-            text_ids=jnp.asarray(ids),
-            text_mask=jnp.asarray(mask),
+            text=jax.tree.map(jnp.asarray, self._tokenize([prompt])),
             task=jnp.asarray([task_id(task)], jnp.int32),
             sample_id=jnp.zeros((1,), jnp.int32),
         )

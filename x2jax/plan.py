@@ -71,12 +71,11 @@ def topology_mesh(name: str, axes: Any) -> Mesh:
 
 def plan(config: Any, mesh: Mesh) -> Plan:
     """Compiles one optimizer step of a config for a mesh, from shapes alone."""
-    module = recipes.module(config.recipe)
-    objective, rules, batch = module.outline(config)
+    recipe = recipes.outline(config)
     tx = optim.build(steps=config.steps, **config.optimizer)
-    by_path = sharding.param_shardings(objective.skeleton.abstract, mesh)
-    trainable = module.masters(objective.skeleton, rules)
-    frozen = {p: x for p, x in objective.skeleton.abstract.items() if p not in trainable}
+    by_path = sharding.param_shardings(recipe.skeleton.abstract, mesh)
+    trainable = recipe.trainable_abstract
+    frozen = {p: x for p, x in recipe.skeleton.abstract.items() if p not in trainable}
     state = jax.eval_shape(lambda p: states.create(p, tx, config.ema_decay > 0), trainable)
     placed = states.shardings(state, by_path, mesh)
     batches = sharding.batch_sharding(mesh, None)
@@ -91,10 +90,10 @@ def plan(config: Any, mesh: Mesh) -> Plan:
             lambda x: jax.ShapeDtypeStruct(
                 (config.accumulate, *x.shape), x.dtype, sharding=batches
             ),
-            batch,
+            recipe.batch(),
         ),
     )
-    step = make_step(objective.loss, tx, seed=config.seed, ema_decay=config.ema_decay)
+    step = make_step(recipe.loss, tx, seed=config.seed, ema_decay=config.ema_decay)
     began = time.monotonic()
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()

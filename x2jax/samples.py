@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
+from x2jax.data.batch import Batch
 from x2jax.trees import Params
 
 CELL = 128
@@ -53,27 +54,42 @@ def draw(rows: list[tuple[str, list[np.ndarray]]], titles: tuple[str, ...]) -> n
     return np.asarray(canvas)
 
 
+def given(batch: Any) -> dict[str, list[np.ndarray]]:
+    """Columns that a batch of images holds: sources, then the target; each picture cut to size."""
+    if not isinstance(batch, Batch):
+        return {}
+    pixels, sizes = np.asarray(batch.pixels), np.asarray(batch.sizes)
+    titles = {k: "source" if k == 1 else f"source {k}" for k in range(1, pixels.shape[1])}
+    return {
+        title: [x[:h, :w] for x, (h, w) in zip(pixels[:, slot], sizes[:, slot], strict=True)]
+        for slot, title in [*titles.items(), (0, "target")]
+        if sizes[:, slot].any()
+    }
+
+
 def grid(
     recipe: Any, params: Params, frozen: Params, batch: Any, step: int, workdir: Path
 ) -> np.ndarray | None:
-    """Edits the held-out batch from fixed noise and writes `samples/STEP.png`; None elsewhere.
+    """Draws the held-out batch and what `recipe.preview` makes of it to `samples/STEP.png`.
 
-    Every process computes; the first one draws.
+    Every process computes; the first one draws, the others return None.
     """
-    predicted = to_uint8(jax.device_get(recipe.preview(params, frozen, batch)))
+    predicted = jax.device_get(recipe.preview(params, frozen, batch))
     if jax.process_index() != 0:
         return None
-    rows = []
-    pixels, sizes = np.asarray(recipe.data.held_out.pixels), np.asarray(recipe.data.held_out.sizes)
-    for n, text in enumerate(recipe.data.held_out_instructions[:8]):
-        cut = lambda image, size: image[: size[0], : size[1]]  # noqa: E731
-        images = [
-            cut(pixels[n, 1], sizes[n, 1]),
-            cut(pixels[n, 0], sizes[n, 0]),
-            cut(predicted[n], sizes[n, 0]),
-        ]
-        rows.append((text, images))
-    picture = draw(rows, ("source", "target", "prediction"))
+    held = recipe.data.held_out
+    columns: dict[str, Any] = given(held)
+    sizes = [x.shape[:2] for x in columns.get("target", ())]
+    for title, pixels in predicted.items():
+        images = list(to_uint8(pixels))
+        if sizes:
+            images = [x[:h, :w] for x, (h, w) in zip(images, sizes, strict=False)]
+        columns[title] = images
+    rows = [
+        (text, [images[n] for images in columns.values()])
+        for n, text in enumerate(recipe.data.held_out_instructions[:8])
+    ]
+    picture = draw(rows, tuple(columns))
     folder = workdir / "samples"
     folder.mkdir(exist_ok=True)
     Image.fromarray(picture).save(folder / f"{step:07d}.png")

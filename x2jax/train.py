@@ -90,7 +90,7 @@ def train(config: Any, workdir: Path) -> Params:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh)
-    recipe = recipes.build(config, workdir, mesh)
+    recipe = recipes.build(config, workdir)
     tx = optim.build(steps=config.steps, **config.optimizer)
 
     by_path = sharding.param_shardings(recipe.skeleton.abstract, mesh)

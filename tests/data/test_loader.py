@@ -53,13 +53,13 @@ def test_a_batch(index):
     assert batch.pixels.shape == (4, 3, 64, 64, 3) and batch.pixels.dtype == np.uint8
     assert batch.sizes[0].tolist() == [[64, 64], [64, 64], [0, 0]]
     assert not batch.pixels[:, 2].any()
-    assert batch.text_ids.dtype == np.int32 and batch.text_mask.dtype == np.bool_
+    assert batch.text[0].dtype == np.int32 and batch.text[1].dtype == np.bool_
     for row in range(4):
         n = int(batch.sample_id[row])
         assert abs(int(batch.pixels[row, 0, 5, 5, 0]) - n * 10) < 4
         assert abs(int(batch.pixels[row, 1, 5, 5, 0]) - 50) < 4
         assert batch.task[row] == (2, 1, 3)[n % 3]
-        np.testing.assert_array_equal(batch.text_ids[row], tokenize([f"edit {n}"])[0][0])
+        np.testing.assert_array_equal(batch.text[0][row], tokenize([f"edit {n}"])[0][0])
 
 
 def test_resume_and_process_count_give_the_same_batches(index):
@@ -81,7 +81,7 @@ def test_languages(index):
     texts = {}
     for language in ("en", "zh", "mixed"):
         batches = take(loader_of(index, language=language), 6)
-        texts[language] = [ids for b in batches for ids in b.text_ids.max(-1)]
+        texts[language] = [ids for b in batches for ids in b.text[0].max(-1)]
     assert max(texts["en"]) < 256 and min(texts["zh"]) > 256
     assert min(texts["mixed"]) < 256 < max(texts["mixed"])
 

@@ -27,7 +27,7 @@ def workdir(tmp_path_factory):
 
 def open_on(axes, count, workdir):
     mesh = sharding.make_mesh(axes, jax.devices()[:count])
-    recipe = recipes.build(config(), workdir, mesh)
+    recipe = recipes.build(config(), workdir)
     by_path = sharding.param_shardings(recipe.skeleton.abstract, mesh)
     frozen = recipe.load_frozen(by_path)
     params = recipe.initial(0, by_path)
@@ -125,7 +125,7 @@ def test_a_sample_alone_equals_a_sample_in_a_mixed_batch(workdir):
     encode = jax.jit(lambda m, b: m.encode(b, jax.random.key(0), 128, 16))
 
     def velocity(model, stream, b):
-        txt, pooled = model.condition(b.text_ids, b.text_mask)
+        txt, pooled = model.condition(b.text)
         half = jnp.full(b.task.shape, 0.5)
         task = model.adapter.task(b.task)
         return model.flux(

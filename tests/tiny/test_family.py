@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from x2jax.edit_model import configs_of, find_sources, load_child
+from x2jax.children import Precision, configs_of, find_sources, load_child
 from x2jax.encoders.tokenize import TextTokenizer
+from x2jax.model import make_skeleton
 from x2jax.sharding import make_mesh, param_shardings
 from x2jax.sources import TINY
 from x2jax.tiny import base, vae
@@ -19,10 +20,9 @@ from x2jax.tiny import base, vae
 @functools.cache
 def family():
     """(skeleton, all weights in float32, tokenizer)."""
-    found = find_sources(flux="tiny", mllm="tiny", alignnet="tiny")
-    skeleton = base.make_skeleton(
-        configs_of(found), base.X2EDIT_TINY, base.Precision("float32", "float32")
-    )
+    tiny = dict.fromkeys(("flux", "mllm", "alignnet"), "tiny")
+    found = find_sources(tiny, ("flux", "vae", "mllm", "alignnet"))
+    skeleton = make_skeleton(configs_of(found), Precision("float32", "float32"))
     by_path = param_shardings(skeleton.abstract, make_mesh({"fsdp": 1}, jax.devices()[:1]))
     params = {}
     for name in found:
@@ -40,7 +40,7 @@ def test_the_autoencoder_reconstructs_unseen_pictures(pictures):
 
     @jax.jit
     def reconstruct(params, x):
-        model = skeleton.merge(params, base.zero_adapters(skeleton)).vae
+        model = skeleton.merge(params).vae
         mean, _ = model.encode(x)
         return model.normalise(mean), model.decode(mean)
 
@@ -55,7 +55,7 @@ def test_the_autoencoder_reconstructs_unseen_pictures(pictures):
 
 def test_diffusers_reads_the_folders_and_agrees(pictures):
     skeleton, params, _ = family()
-    model = skeleton.merge(params, base.zero_adapters(skeleton))
+    model = skeleton.merge(params)
     reference = diffusers.AutoencoderKL.from_pretrained(
         TINY / "flux" / "vae", torch_dtype=torch.float32
     )

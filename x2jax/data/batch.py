@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Int32, UInt8
+from jaxtyping import Array, Int32, UInt8
 
 
 @jax.tree_util.register_dataclass
@@ -20,8 +21,7 @@ class Batch:
 
     pixels: UInt8[Array, "B S Hc Wc 3"]  # RGB, zero outside the valid size
     sizes: Int32[Array, "B S 2"]  # valid (height, width) in pixels; (0, 0) is an empty slot
-    text_ids: Int32[Array, "B T"]  # left-padded
-    text_mask: Bool[Array, "B T"]  # True where there is a token
+    text: Any  # what `x2jax.model.Model.condition` takes; its type says by which encoders
     task: Int32[Array, "B"]  # 0 to 15, see x2jax.data.tasks.TASKS
     sample_id: Int32[Array, "B"]  # position in the index
 

@@ -12,14 +12,15 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Int
 
 from x2jax.data import records, tasks, transforms
 from x2jax.data.batch import Batch
 from x2jax.data.index import Index
 from x2jax.data.sampler import Sampler
 
-Tokenize = Callable[[list[str]], tuple[Int32[np.ndarray, "n T"], Bool[np.ndarray, "n T"]]]
+Tokenize = Callable[[list[str]], Any]
+"""n texts -> a pytree of numpy arrays with a leading axis of n: `Batch.text`."""
 
 ATTEMPTS = 64
 """Samples of a task that are tried in a row before it counts as unreadable."""
@@ -176,7 +177,7 @@ class Loader:
           seed: of order and languages.
           batch_size: over all processes.
           buckets: (width, height) in pixels.
-          tokenize: n texts to left-padded ids and mask; runs in this process.
+          tokenize: texts to `Batch.text`; runs in this process.
           slots: image slots: target, source, then empty ones.
           language: "en", "zh" or "mixed"; the other one where a sample has only that.
           alpha: 0 draws tasks equally often, 1 by their number of samples.
@@ -251,12 +252,10 @@ class Loader:
     def _batch(self, raw: dict[str, Any]) -> Batch:
         notes = json.loads(str(raw["notes"]))
         self._note([Problem(**p) for p in notes["problems"]])
-        text_ids, text_mask = self.tokenize(notes["text"])
         return Batch(
             pixels=raw["pixels"],
             sizes=raw["sizes"],
-            text_ids=np.asarray(text_ids, np.int32),
-            text_mask=np.asarray(text_mask, np.bool_),
+            text=self.tokenize(notes["text"]),
             task=raw["task"],
             sample_id=raw["sample_id"],
         )

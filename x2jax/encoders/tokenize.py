@@ -2,11 +2,19 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 TEMPLATES = ("raw", "published")
+
+
+class TextInputs(NamedTuple):
+    """Token ids of an MLLM, left-padded, and True where there is a token."""
+
+    ids_BT: Int[np.ndarray, "B T"]
+    mask_BT: Bool[np.ndarray, "B T"]
 
 
 def prompt(instruction: str, template: str) -> str:
@@ -64,9 +72,7 @@ class TextTokenizer:
                 f"text length {length} is too short: the chat template alone takes {overhead}"
             )
 
-    def __call__(
-        self, instructions: list[str]
-    ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    def __call__(self, instructions: list[str]) -> TextInputs:
         """Token ids int32 and the mask of real tokens."""
         ids = np.full((len(instructions), self.length), self.pad_id, np.int32)
         mask = np.zeros(ids.shape, bool)
@@ -74,7 +80,7 @@ class TextTokenizer:
             tokens = self._fit(text)
             ids[row, self.length - len(tokens) :] = tokens
             mask[row, self.length - len(tokens) :] = True
-        return ids, mask
+        return TextInputs(ids, mask)
 
     def _fit(self, text: str) -> list[int]:
         tokens = self._encode(text)

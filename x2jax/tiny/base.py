@@ -6,7 +6,6 @@ image; that is what the adapters learn. The recipe for real bases is a later iss
 """
 
 import argparse
-import functools
 from pathlib import Path
 
 import jax
@@ -16,18 +15,11 @@ import optax
 from tqdm import tqdm
 
 from x2jax import flow
-from x2jax.adapters import X2EDIT_TINY
-from x2jax.edit_model import (
-    EditModel,
-    Precision,
-    configs_of,
-    find_sources,
-    load_child,
-    make_skeleton,
-)
-from x2jax.encoders.tokenize import TextTokenizer
+from x2jax.children import Precision, configs_of, find_sources, load_child
+from x2jax.encoders.tokenize import TextInputs, TextTokenizer
 from x2jax.flux import TARGET, ImageStream
 from x2jax.flux.latents import patchify
+from x2jax.model import Model, make_skeleton
 from x2jax.sharding import make_mesh, param_shardings
 from x2jax.tiny import captions, family, world
 from x2jax.trees import Params, child, matches
@@ -42,8 +34,9 @@ def open_family(root: Path, seed: int):
     """(skeleton, frozen weights, fresh trainable weights, tokenizer)."""
     family.write_untrained(root, seed)  # the files say what sizes the models have
     names = dict(flux=root / "flux", mllm=root / "qwen", alignnet=root / "alignnet")
-    found = find_sources(**{k: str(v) for k, v in names.items()})
-    skeleton = make_skeleton(configs_of(found), X2EDIT_TINY, Precision("float32", "float32"))
+    options = {k: str(v) for k, v in names.items()}
+    found = find_sources(options, ("flux", "vae", "mllm", "alignnet"))
+    skeleton = make_skeleton(configs_of(found), Precision("float32", "float32"))
     by_path = param_shardings(skeleton.abstract, make_mesh({"fsdp": 1}, jax.devices()[:1]))
     frozen: Params = {}
     for name in ("vae", "mllm"):
@@ -78,18 +71,12 @@ def moments(skeleton, frozen, params, pixels) -> tuple[np.ndarray, np.ndarray]:
 
     @jax.jit
     def encode(frozen, x):
-        model: EditModel = skeleton.merge(frozen, params, zero_adapters(skeleton))
+        model: Model = skeleton.merge(frozen, params)
         return model.vae.encode(x.astype(jnp.float32) / 127.5 - 1)
 
     parts = [encode(frozen, pixels[k : k + 64]) for k in range(0, len(pixels), 64)]
     mean, logvar = zip(*parts, strict=True)
     return np.concatenate(mean), np.concatenate(logvar)
-
-
-@functools.cache
-def zero_adapters(skeleton) -> Params:
-    shapes = {p: x for p, x in skeleton.abstract.items() if p.startswith("adapter/")}
-    return {p: np.zeros(x.shape, np.float32) for p, x in shapes.items()}
 
 
 def make_loss(skeleton):
@@ -100,7 +87,7 @@ def make_loss(skeleton):
 
     def loss(params, frozen, batch, key):
         mean, logvar, ids, mask = batch
-        model: EditModel = skeleton.merge(params, frozen, zero_adapters(skeleton))
+        model: Model = skeleton.merge(params, frozen)
         latent_key, u_key, noise_key, guidance_key = jax.random.split(key, 4)
         z = model.vae.normalise(model.vae.sample(mean, logvar, latent_key))
         x0 = patchify(z).reshape(len(z), -1, 64)
@@ -113,7 +100,7 @@ def make_loss(skeleton):
             jnp.full((len(z), count), TARGET),
             jnp.broadcast_to(positions, (len(z), count, 3)),
         )
-        txt, pooled = model.condition(ids, mask)
+        txt, pooled = model.condition(TextInputs(ids, mask))
         guidance = jax.random.uniform(guidance_key, sigma.shape, minval=1.0, maxval=5.0)
         velocity = model.flux(stream, txt, pooled, sigma, guidance).velocity_BIC
         return jnp.square(velocity - (noise - x0)).mean()

@@ -1,0 +1,211 @@
+"""Flow matching on the packed image stream: what x2edit, LoRA, LightControl and others share."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from x2jax import flow, losses
+from x2jax.data import transforms
+from x2jax.data.batch import Batch
+from x2jax.data.edits import BUCKETS, EditData
+from x2jax.encoders.tokenize import TextInputs, TextTokenizer
+from x2jax.flux import TARGET
+from x2jax.model import Model
+from x2jax.recipes.base import Recipe
+from x2jax.step import Metrics
+from x2jax.trees import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Flow matching and the contrastive loss (spec x2edit.md section 4).
+
+    Attributes:
+      density: scheme that draws timesteps, one of `flow.DENSITIES`.
+      guidance: guidance scale in training, for bases that have a guidance embedder.
+      contrastive: weight of the contrastive loss; 0 leaves it out of the program.
+      temperature: of the contrastive loss.
+      stop_gradient: no gradient through the gathered side of a pair, as the reference.
+      source_offset: rows added to the position ids of source j, j times.
+      tokens: budget of image-stream tokens a sample: target and sources together.
+    """
+
+    density: str
+    guidance: float
+    contrastive: float
+    temperature: float
+    stop_gradient: bool
+    source_offset: int
+    tokens: int
+
+
+class FlowMatching(Recipe):
+    """Learns the velocity from noise to target tokens, given source tokens and an instruction.
+
+    Attributes:
+      objective: what is minimised.
+    """
+
+    def __init__(self, config: Any, configs: Any, found: Any):
+        super().__init__(config, configs, found)
+        self.objective = Objective(**config.objective)
+
+    def open_data(self, workdir: Path) -> EditData:
+        config = self.config
+        data = EditData(
+            config.data,
+            workdir,
+            self.tokenizer(),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            held_out=config.held_out,
+            language=config.text.language,
+            workers=config.workers,
+            **config.image,
+            **config.sampler,
+        )
+        data.check(cell=2 * self.configs["vae"].factor, tokens=self.objective.tokens)
+        return data
+
+    def tokenizer(self) -> TextTokenizer:
+        """Instructions to what `Model.condition` takes."""
+        text = self.config.text
+        return TextTokenizer(self.found["mllm"].path, text.length, text.template)
+
+    def text_shapes(self, batch: int) -> Any:
+        """Shapes of what `tokenizer` makes of `batch` instructions."""
+        shape = (batch, self.config.text.length)
+        return TextInputs(jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "bool"))
+
+    def batch(self) -> Batch:
+        count, image = self.config.batch_size, self.config.image
+        height, width = transforms.canvas_size(BUCKETS[image.buckets])
+
+        def array(dtype: str, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct((count, *shape), dtype)
+
+        return Batch(
+            pixels=array("uint8", image.slots, height, width, 3),
+            sizes=array("int32", image.slots, 2),
+            text=self.text_shapes(count),
+            task=array("int32"),
+            sample_id=array("int32"),
+        )
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Array, Metrics]:
+        """Flow loss + weight x contrastive loss of one batch, and both apart.
+
+        `count_lonely` counts anchors without a positive in the batch.
+        """
+        u_key, latent_key, noise_key = jax.random.split(key, 3)
+        u = flow.sample_u(u_key, batch.task.shape, self.objective.density)
+        flow_B, probes = self.flow_loss(
+            params, frozen, batch, flow.sigma_from_u(u), latent_key, noise_key
+        )
+        total = flow_B.mean()
+        metrics = {"flow": total}
+        if self.objective.contrastive:
+            contrastive = losses.contrastive_loss(
+                probes,
+                batch.task,
+                temperature=self.objective.temperature,
+                stop_gradient=self.objective.stop_gradient,
+            )
+            total += self.objective.contrastive * contrastive.loss
+            metrics |= {"contrastive": contrastive.loss, "count_lonely": contrastive.lonely}
+        return total, metrics
+
+    def flow_loss(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        sigma_B: Float[Array, "B"],
+        latent_key: PRNGKeyArray,
+        noise_key: PRNGKeyArray,
+    ) -> tuple[Float[Array, "B"], Any]:
+        """Flow loss of every sample at given sigmas, and the contrastive probes (None if off)."""
+        model: Model = self.skeleton.merge(params, frozen)
+        clean = self._encode(model, batch, latent_key)
+        is_target = clean.roles_BI == TARGET
+        noise = jax.random.normal(noise_key, clean.tokens_BIC.shape)
+        x_t = flow.noised(clean.tokens_BIC, noise, sigma_B)
+        stream = clean._replace(tokens_BIC=jnp.where(is_target[..., None], x_t, clean.tokens_BIC))
+        probe = None
+        if self.objective.contrastive:
+            probe = losses.gram_probe(is_target, stop_gradient=self.objective.stop_gradient)
+        out = self._velocity(model, stream, sigma_B, batch, self.objective.guidance, probe)
+        weight = flow.weight(sigma_B, self.objective.density)
+        target = noise - clean.tokens_BIC
+        return losses.flow_loss(out.velocity_BIC, target, is_target, weight), out.probes
+
+    def held_out(self, params: Params, frozen: Params, batch: Batch) -> Metrics:
+        """Flow loss at fixed noise and evenly spread sigmas: comparable between steps and runs."""
+        count = batch.task.shape[0]
+        sigma = (jnp.arange(count) + 0.5) / count
+        keys = jax.random.split(jax.random.key(0))
+        flow_B, _ = self.flow_loss(params, frozen, batch, sigma, keys[0], keys[1])
+        return {"held_out_flow": flow_B.mean()}
+
+    def edit(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: PRNGKeyArray,
+        *,
+        steps: int,
+        guidance: float,
+        shift: bool = True,
+    ) -> Float[Array, "B Hc Wc 3"]:
+        """Edits the sources of a batch; its target pixels are not looked at, only their sizes.
+
+        Args:
+          steps: Euler steps (28 on dev, 4 on schnell).
+          guidance: 3.5 in the releases.
+          shift: the resolution shift of sigmas; off for schnell.
+        """
+        model: Model = self.skeleton.merge(params, frozen)
+        latent_key, noise_key = jax.random.split(key)
+        clean = self._encode(model, batch, latent_key)
+        is_target = (clean.roles_BI == TARGET)[..., None]
+        text = model.condition(batch.text)
+
+        def velocity(x, sigma_B):
+            stream = clean._replace(tokens_BIC=jnp.where(is_target, x, clean.tokens_BIC))
+            return self._velocity(model, stream, sigma_B, batch, guidance, None, text).velocity_BIC
+
+        count_B = is_target.sum(axis=(1, 2))
+        mu = flow.shift_mu(count_B) if shift else jnp.zeros(count_B.shape)
+        noise = jax.random.normal(noise_key, clean.tokens_BIC.shape)
+        x = flow.euler(velocity, noise, flow.sample_sigmas(steps, mu))
+        return model.decode(clean._replace(tokens_BIC=x), batch)
+
+    def _velocity(self, model, stream, sigma_B, batch, guidance, probe, text=None):
+        txt, pooled = model.condition(batch.text) if text is None else text
+        scale = jnp.full(sigma_B.shape, guidance) if model.flux.cfg.guidance else None
+        return model.flux(
+            stream,
+            txt,
+            pooled,
+            sigma_B,
+            scale,
+            adapters=model.adapter,
+            task_BD=None if model.adapter is None else model.adapter.task(batch.task),
+            probe=probe,
+            remat=self.config.remat,
+        )
+
+    def _encode(self, model, batch, key):
+        return model.encode(batch, key, self.objective.tokens, self.objective.source_offset)
+
+    def preview(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
+        """Edits from fixed noise."""
+        key = jax.random.key(0)
+        return {"prediction": self.edit(params, frozen, batch, key, **self.config.preview)}
