@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from converters import formats, native, x2edit
+from converters.formats.base import there
+from converters.formats.x2edit import adapter_config
 from converters.load import importer
 from x2jax.checkpoint import load_trainable
 from x2jax.trees import Params, prefixed
@@ -77,7 +79,7 @@ def trio_meta(root: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
       root: folder of the trio.
-      config: as `formats.FORMATS["x2edit"].read` gives it.
+      config: as the format's `read` gives it.
     """
     sidecar = root / SIDECAR
     if sidecar.is_file():
@@ -86,14 +88,12 @@ def trio_meta(root: Path, config: dict[str, Any]) -> dict[str, Any]:
         from configs.x2edit import get_config
 
         meta = {"config": json.loads(get_config("1024").to_json())}
-    cfg = formats.adapter_config(config)
+    cfg = adapter_config(config)
     # Exports fold a scale into the weights.
     fields = ("experts", "rank", "double", "single", "series", "tasks")
     meta["config"]["adapter"] |= {k: getattr(cfg, k) for k in fields} | {"alpha": float(cfg.rank)}
-    file = next(
-        p for n in (x2edit.ALIGNNET, formats.twin(x2edit.ALIGNNET)) if (p := root / n).is_file()
-    )
-    meta["config"] |= {"alignnet": str(file.resolve()), "init_from": ""}
+    file = there(root, x2edit.ALIGNNET)
+    meta["config"] |= {"alignnet": str(file and file.resolve()), "init_from": ""}
     return meta
 
 

@@ -10,6 +10,8 @@ import torch
 
 from converters import __main__ as cli
 from converters import formats, native, pickles, safetensors_io
+from converters.exporting import write
+from converters.importing import import_
 from converters.load import open_weights
 from converters.rules import WeightsError
 from x2jax.alignnet import AlignNetConfig
@@ -35,7 +37,7 @@ def published(name: str, folder, seed: int = 0):
     rng = np.random.default_rng(seed)
     (part,) = fmt.parts(CONFIGS[name])
     params = {p: rng.standard_normal(s).astype(np.float32) for p, s in part.shapes.items()}
-    cli._write(fmt, CONFIGS[name], params, folder, "bfloat16")
+    write(fmt, CONFIGS[name], params, folder, "bfloat16")
     return fmt, folder, folder / part.file
 
 
@@ -57,7 +59,7 @@ def test_import_then_export_is_bitwise(source, tmp_path, capsys):
 
 def test_dtype_is_the_users_choice(source, tmp_path):
     fmt, folder, _ = source
-    cli.import_(folder, fmt, tmp_path / "ours", "float32")
+    import_(folder, fmt, tmp_path / "ours", "float32")
     assert {x.dtype for x in native.open_folder(tmp_path / "ours")[0].values()} == {
         np.dtype(np.float32)
     }
@@ -114,8 +116,8 @@ def test_wrapped_alignnets_are_read(tmp_path, wrapping):
         state = {"config": {"layers": 5}, "state_dict": state}
     path = tmp_path / "diffusion_pytorch_model.bin"
     torch.save(state, path)
-    cli.import_(path, fmt, tmp_path / "wrapped")
-    cli.import_(folder, fmt, tmp_path / "raw", "float32")
+    import_(path, fmt, tmp_path / "wrapped")
+    import_(folder, fmt, tmp_path / "raw", "float32")
     a, b = (native.open_folder(tmp_path / n)[0] for n in ("wrapped", "raw"))
     assert a.keys() == b.keys()
     for name in a:
@@ -128,7 +130,7 @@ def test_a_qwen_with_a_vision_tower_says_what_it_leaves_out(tmp_path, capsys):
     tensors["visual.patch_embed.proj.weight"] = np.ones((2, 2), jnp.bfloat16)
     specs = {n: safetensors_io.Spec(x.dtype, x.shape) for n, x in tensors.items()}
     safetensors_io.write(file, specs, tensors.__getitem__)
-    cli.import_(folder, fmt, tmp_path / "ours")
+    import_(folder, fmt, tmp_path / "ours")
     assert "left out, known and not needed: visual.patch_embed" in capsys.readouterr().out
 
 

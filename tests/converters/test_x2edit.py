@@ -13,6 +13,9 @@ from ml_collections import ConfigDict
 from configs.x2edit import get_config
 from converters import __main__ as cli
 from converters import formats, native, pickles, safetensors_io
+from converters.exporting import export
+from converters.formats.x2edit import x2edit_config
+from converters.importing import import_
 from converters.rules import WeightsError, plan
 from x2jax.adapters import X2EDIT, AdapterConfig, Adapters
 from x2jax.alignnet import AlignNetConfig
@@ -49,7 +52,7 @@ def test_full_size_names_and_shapes_are_the_published_ones():
     align = AlignNetConfig(29, 3584)
     (part,) = formats.FORMATS["alignnet"].parts(vars(align))
     shapes |= {f"alignnet/{p}": s for p, s in part.shapes.items()}
-    config = formats.x2edit_config({p: np.broadcast_to(0, s) for p, s in shapes.items()})
+    config = x2edit_config({p: np.broadcast_to(0, s) for p, s in shapes.items()})
     lora, tasks, _ = X2EDIT_FORMAT.parts(config)
     entries = plan(lora.table, lora.shapes).entries
     found = {name: entry.shape for name, entry in entries.items()}
@@ -93,13 +96,13 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def trio(run, tmp_path):
-    cli.export(run[0], X2EDIT_FORMAT, tmp_path / "trio")
+    export(run[0], X2EDIT_FORMAT, tmp_path / "trio")
     return tmp_path / "trio"
 
 
 def test_export_then_import_is_bitwise_in_float32(run, tmp_path):
     root, params = run
-    cli.export(root, X2EDIT_FORMAT, tmp_path / "trio", dtype="float32")
+    export(root, X2EDIT_FORMAT, tmp_path / "trio", dtype="float32")
     back = open_trained(tmp_path / "trio")
     assert back.params.keys() == params.keys()
     for path, x in params.items():
@@ -108,8 +111,8 @@ def test_export_then_import_is_bitwise_in_float32(run, tmp_path):
 
 
 def test_export_import_export_is_bitwise_in_the_published_types(trio, tmp_path):
-    cli.import_(trio, X2EDIT_FORMAT, tmp_path / "ours")
-    cli.export(tmp_path / "ours", None, tmp_path / "again")
+    import_(trio, X2EDIT_FORMAT, tmp_path / "ours")
+    export(tmp_path / "ours", None, tmp_path / "again")
     for file in ("lora.safetensors", "task_embeddings.bin", "diffusion_pytorch_model.bin"):
         assert (trio / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
@@ -152,7 +155,7 @@ def test_the_files_are_what_pytorch_users_expect(trio, run):
 
 def test_without_torch_twins_are_written_and_read(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pickles, "have_torch", lambda: False)
-    cli.export(run[0], X2EDIT_FORMAT, tmp_path)
+    export(run[0], X2EDIT_FORMAT, tmp_path)
     assert "pip install 'x2jax[torch]'" in capsys.readouterr().out
     names = sorted(p.name for p in tmp_path.iterdir())
     twins = ["diffusion_pytorch_model.safetensors", "task_embeddings.safetensors"]
@@ -184,7 +187,7 @@ def test_missing_extra_and_misshaped_tensors_are_listed_together(trio, tmp_path)
         trio / "diffusion_pytorch_model.bin", {n: x for n, x in align.items() if n != "conv.bias"}
     )
     with pytest.raises(WeightsError) as e:
-        cli.import_(trio, X2EDIT_FORMAT, tmp_path / "ours")
+        import_(trio, X2EDIT_FORMAT, tmp_path / "ours")
     text = str(e.value)
     assert f"missing: {gone}" in text
     assert "unknown: transformer_blocks.0.attn.processor.q_moe_lora.bias (3,)" in text
@@ -212,14 +215,14 @@ def test_adapters_that_the_format_cannot_hold_are_refused(tmp_path):
     cfg = AdapterConfig(experts=2, rank=4, double=("txt_attn/q",), single=("attn/q",), series=())
     root = make_run(tmp_path / "run", trained_tree(cfg), cfg)
     with pytest.raises(WeightsError, match="double-block txt_attn/q has no name in it"):
-        cli.export(root, X2EDIT_FORMAT, tmp_path / "trio")
+        export(root, X2EDIT_FORMAT, tmp_path / "trio")
 
 
 def test_alpha_goes_into_the_up_projections(tmp_path):
     cfg = AdapterConfig(experts=2, rank=4, alpha=2.0)
     params = trained_tree(cfg)
     root = make_run(tmp_path / "run", params, cfg)
-    cli.export(root, X2EDIT_FORMAT, tmp_path / "trio", dtype="float32")
+    export(root, X2EDIT_FORMAT, tmp_path / "trio", dtype="float32")
     back = open_trained(tmp_path / "trio")
     for path, x in params.items():
         factor = 0.5 if path.endswith("/up") else 1
@@ -232,7 +235,7 @@ def test_a_frozen_alignnet_comes_from_where_the_run_had_it(run, trio, tmp_path):
     only = {p: x for p, x in params.items() if p.startswith("adapter/")}
     file = trio / "diffusion_pytorch_model.bin"
     root = make_run(tmp_path / "run", only, alignnet=str(file))
-    cli.export(root, X2EDIT_FORMAT, tmp_path / "out")
+    export(root, X2EDIT_FORMAT, tmp_path / "out")
     np.testing.assert_array_equal(
         open_trained(tmp_path / "out").params["alignnet/fc/bias"], run[1]["alignnet/fc/bias"]
     )
@@ -257,7 +260,7 @@ def test_foreign_files_get_the_last_stage_of_the_paper(trio):
 
 
 def test_native_folders_say_what_they_are(trio, tmp_path):
-    cli.import_(trio, X2EDIT_FORMAT, tmp_path / "ours", "float32")
+    import_(trio, X2EDIT_FORMAT, tmp_path / "ours", "float32")
     tensors, about = native.open_folder(tmp_path / "ours")
     assert about["format"] == "x2edit"
     assert {x.dtype for x in tensors.values()} == {np.dtype(np.float32)}

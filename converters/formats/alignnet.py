@@ -1,0 +1,50 @@
+"""AlignNet, in the wrappings that it is published in."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from converters import alignnet
+from converters.formats.base import DIFFUSERS, F32, Format, Part, shapes_of
+from converters.load import open_weights
+from converters.rules import WeightsError
+from x2jax.alignnet import AlignNet, AlignNetConfig
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Arguments of the `AlignNetConfig` of a file.
+
+    Raises:
+      WeightsError: it is not an AlignNet.
+    """
+    try:
+        return alignnet.sizes({n: tuple(x.shape) for n, x in open_weights(path).items()})
+    except ValueError as e:
+        raise WeightsError(f"weights in {path}", [str(e)]) from None
+
+
+def parts(config: Mapping[str, Any]) -> list[Part]:
+    """The one file of an AlignNet."""
+    cfg = AlignNetConfig(**config)
+    table = alignnet.alignnet_table(cfg.states, cfg.mixing)
+    return [Part(DIFFUSERS, table, shapes_of(lambda: AlignNet(cfg, **F32, rngs=nnx.Rngs(0))))]
+
+
+def _is_here(path: Path) -> bool:
+    try:
+        return bool(read(path))
+    except (OSError, ValueError, ImportError):
+        return False
+
+
+FORMATS = (
+    Format(
+        "alignnet",
+        "AlignNet state dict of X2I or X2Edit, a file or its folder",
+        read,
+        parts,
+        _is_here,
+    ),
+)
