@@ -65,6 +65,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mllm/visual/merger/mlp_in/kernel", ("embed", "mlp")),
     (r"mllm/visual/merger/mlp_out/kernel", ("mlp", "embed")),
     (r"mllm/(layers/)?.*(bias|scale)", ()),
+    # T5 and CLIP
+    (r"(t5/shared|clip/token_embedding)/embedding", ("vocab", "embed")),
+    (r"(t5|clip)/blocks/attn/(q|k|v)/kernel", ("layers", "embed", "heads")),
+    (r"(t5|clip)/blocks/attn/proj/kernel", ("layers", "heads", "embed")),
+    (r"(t5|clip)/blocks/mlp/(gate_proj|up_proj|mlp_in)/kernel", ("layers", "embed", "mlp")),
+    (r"(t5|clip)/blocks/mlp/(down_proj|mlp_out)/kernel", ("layers", "mlp", "embed")),
+    (r"(t5|clip)/.*(bias|scale|position_bias/embedding|position_embedding/embedding)", ()),
     # The VAE is 168 MB: replicated.
     (r"vae/.*", ()),
 )
