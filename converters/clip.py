@@ -5,6 +5,9 @@ from typing import Protocol
 
 from converters.rules import Rule, T, Table, rule
 
+PUBLISHED = "text_model."
+"""What stands before every name in files; the modules of transformers 5 have nothing there."""
+
 
 class CLIPSizes(Protocol):
     """What the table needs of a CLIP config."""
@@ -12,14 +15,14 @@ class CLIPSizes(Protocol):
     layers: int
 
 
-def clip_table(cfg: CLIPSizes, *, prefix: str = "text_model.") -> Table:
+def clip_table(cfg: CLIPSizes, *, prefix: str = PUBLISHED) -> Table:
     """Names of a `CLIPTextModel` and paths of `CLIPText`.
 
     A whole CLIP is read too: its vision model and projections are left out.
 
     Args:
       cfg: sizes.
-      prefix: before every name: "text_model." in files, "" in the modules of transformers 5.
+      prefix: what stands before every name, `PUBLISHED` or nothing.
     """
     layers = range(cfg.layers)
     layer = prefix + "encoder.layers.{i}."
@@ -62,4 +65,4 @@ def clip_table(cfg: CLIPSizes, *, prefix: str = "text_model.") -> Table:
 
 def prefix_of(names: Iterable[str]) -> str:
     """What stands before the names of a file, as `clip_table` takes it."""
-    return "" if any(n.startswith(("embeddings.", "encoder.")) for n in names) else "text_model."
+    return "" if any(n.startswith(("embeddings.", "encoder.")) for n in names) else PUBLISHED

@@ -15,7 +15,9 @@ from converters.importing import import_
 from converters.load import open_weights
 from converters.rules import WeightsError
 from x2jax.alignnet import AlignNetConfig
+from x2jax.encoders.clip import CLIPConfig
 from x2jax.encoders.qwen2_5_vl import QWEN_TINY
+from x2jax.encoders.t5 import T5Config
 from x2jax.encoders.vae import TINY_VAE
 from x2jax.flux import FLUX_TINY
 
@@ -27,6 +29,8 @@ CONFIGS = {
     "flux-diffusers": SMALL_FLUX.to_diffusers(),
     "vae-diffusers": TINY_VAE.to_diffusers(),
     "qwen2.5-vl": {"model_type": "qwen2_5_vl", **SMALL_QWEN.to_transformers()},
+    "t5": T5Config(2, 12, 2, 4, 20, 16).to_transformers(),
+    "clip": CLIPConfig(2, 12, 2, 20, 16, positions=9).to_transformers(),
     "alignnet": vars(AlignNetConfig(5, 12, 20, 6, "scale")),
 }
 
@@ -132,6 +136,31 @@ def test_a_qwen_with_a_vision_tower_says_what_it_leaves_out(tmp_path, capsys):
     safetensors_io.write(file, specs, tensors.__getitem__)
     import_(folder, fmt, tmp_path / "ours")
     assert "left out, known and not needed: visual.patch_embed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "renamed", "extra"),
+    [
+        ("t5", lambda n: n, ["encoder.embed_tokens.weight", "decoder.final_layer_norm.weight"]),
+        ("t5", lambda n: n.replace("shared.", "encoder.embed_tokens."), ["lm_head.weight"]),
+        ("clip", lambda n: n, ["text_model.embeddings.position_ids", "text_projection.weight"]),
+        ("clip", lambda n: n.removeprefix("text_model."), ["embeddings.position_ids"]),
+    ],
+)
+def test_text_encoders_are_read_under_each_of_their_names(tmp_path, name, renamed, extra, capsys):
+    fmt, folder, file = published(name, tmp_path / "published")
+    import_(folder, fmt, tmp_path / "ours")
+    tensors = {renamed(n): np.array(x) for n, x in safetensors_io.open_file(file).items()}
+    for other in extra:
+        tensors[other] = np.arange(9, dtype=np.int64 if "ids" in other else np.float32)[None]
+    specs = {n: safetensors_io.Spec(x.dtype, x.shape) for n, x in tensors.items()}
+    safetensors_io.write(file, specs, tensors.__getitem__)
+    import_(folder, fmt, tmp_path / "again")
+    assert all(other in capsys.readouterr().out for other in extra[-1:])
+    a, b = (native.open_folder(tmp_path / n)[0] for n in ("ours", "again"))
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path])
 
 
 def test_pickles_with_code_are_not_run(tmp_path):
