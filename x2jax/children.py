@@ -14,14 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from converters import alignnet as alignnet_format
+from converters.clip import clip_table, prefix_of
 from converters.flux_diffusers import flux_table
 from converters.load import load, open_weights
 from converters.qwen2_5_vl import qwen_table
+from converters.t5 import embedding_of, t5_table
 from converters.vae_diffusers import vae_table
 from x2jax import sources
 from x2jax.adapters import Adapters
 from x2jax.alignnet import AlignNet, AlignNetConfig
+from x2jax.encoders.clip import CLIP_L, CLIPConfig, CLIPText
 from x2jax.encoders.qwen2_5_vl import QWEN2_5_VL_7B, Qwen2_5_VL, QwenConfig, VisionConfig
+from x2jax.encoders.t5 import T5_XXL, T5Config, T5Encoder
 from x2jax.encoders.vae import FLUX_VAE, VAE, VAEConfig
 from x2jax.flux import FLUX_DEV, Flux, FluxConfig
 from x2jax.sources import Source
@@ -97,6 +101,18 @@ def _find_alignnet(value: str, _: bool) -> Source:
     return Source(path, alignnet_format.alignnet_table(cfg.states, cfg.mixing), cfg)
 
 
+def _find_t5(value: str, _: bool) -> Source:
+    root = sources.folder(value, "flux", "flux") / "text_encoder_2"
+    cfg = T5Config.from_transformers(sources.read_config(root))
+    return Source(root, t5_table(cfg, embedding=embedding_of(open_weights(root))), cfg)
+
+
+def _find_clip(value: str, _: bool) -> Source:
+    root = sources.folder(value, "flux", "flux") / "text_encoder"
+    cfg = CLIPConfig.from_transformers(sources.read_config(root))
+    return Source(root, clip_table(cfg, prefix=prefix_of(open_weights(root))), cfg)
+
+
 def _build_mllm(configs: Configs, precision: Precision, rngs: nnx.Rngs) -> nnx.Module:
     cfg: MLLMConfig = configs["mllm"]
     return Qwen2_5_VL(cfg.text, cfg.vision, rngs=rngs, **precision.layers)
@@ -119,6 +135,12 @@ CHILDREN: dict[str, Child] = {
         AlignNetConfig(QWEN2_5_VL_7B.states, QWEN2_5_VL_7B.width),
     ),
     "adapter": Child(lambda c, p, rngs: Adapters(c["adapter"], c["flux"], rngs=rngs)),
+    "t5": Child(
+        lambda c, p, rngs: T5Encoder(c["t5"], rngs=rngs, **p.layers), "flux", _find_t5, T5_XXL
+    ),
+    "clip": Child(
+        lambda c, p, rngs: CLIPText(c["clip"], rngs=rngs, **p.layers), "flux", _find_clip, CLIP_L
+    ),
 }
 
 
@@ -155,17 +177,26 @@ def find_sources(
 
 
 def check_fit(configs: Configs, where: Mapping[str, str]) -> None:
-    """Raises ValueError where the AlignNet does not fit the MLLM or FLUX."""
-    if not {"flux", "mllm", "alignnet"} <= set(configs):
+    """Raises ValueError where AlignNet, T5 or CLIP do not fit the MLLM or FLUX."""
+    if "flux" not in configs:
         return
-    flux, mllm, align = configs["flux"], configs["mllm"].text, configs["alignnet"]
-    expected = (mllm.states, mllm.width, flux.text_width, flux.pooled_width)
-    found = (align.states, align.width, align.text_width, align.pooled_width)
-    if expected != found:
-        raise ValueError(
-            f"the AlignNet in {where['alignnet']} has (states, width, text width, pooled width) "
-            f"{found}, this MLLM and FLUX need {expected}: is it the AlignNet of another MLLM?"
-        )
+    flux = configs["flux"]
+    if {"mllm", "alignnet"} <= set(configs):
+        mllm, align = configs["mllm"].text, configs["alignnet"]
+        expected = (mllm.states, mllm.width, flux.text_width, flux.pooled_width)
+        found = (align.states, align.width, align.text_width, align.pooled_width)
+        if expected != found:
+            raise ValueError(
+                f"the AlignNet in {where['alignnet']} has (states, width, text width, pooled "
+                f"width) {found}, this MLLM and FLUX need {expected}: is it the AlignNet of "
+                "another MLLM?"
+            )
+    for name, takes in (("t5", flux.text_width), ("clip", flux.pooled_width)):
+        if name in configs and configs[name].width != takes:
+            raise ValueError(
+                f"the {name} in {where[name]} is {configs[name].width} wide, this FLUX needs "
+                f"{takes}: is it another model's text encoder?"
+            )
 
 
 def configs_of(found: Mapping[str, Source]) -> dict[str, Any]:

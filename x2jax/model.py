@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from x2jax.alignnet import Condition
 from x2jax.children import CHILDREN, Configs, Precision
 from x2jax.data.batch import Batch
+from x2jax.encoders.t5_clip import T5ClipInputs
 from x2jax.encoders.tokenize import TextInputs
 from x2jax.flux.latents import ImageStream, pack, patchify, unpack_target, unpatchify
 from x2jax.trees import Skeleton
@@ -26,14 +27,16 @@ class Model(nnx.Module):
         self.vae = build("vae")
         self.mllm = build("mllm")
         self.alignnet = build("alignnet")
+        self.t5 = build("t5")
+        self.clip = build("clip")
         self.adapter = build("adapter")
 
     def condition(self, text: Any) -> Condition:
         """Text features and pooled vector; the type of `text` says by which encoders.
 
         Args:
-          text: `TextInputs` for the MLLM and AlignNet (no gradient enters the MLLM), or a
-            `Condition` that was computed before.
+          text: `TextInputs` for the MLLM and AlignNet (no gradient enters the MLLM),
+            `T5ClipInputs` for T5 and CLIP, or a `Condition` that was computed before.
 
         Raises:
           TypeError: a type without encoders.
@@ -43,6 +46,8 @@ class Model(nnx.Module):
         if isinstance(text, TextInputs):
             states = self.mllm.hidden_states(text.ids_BT, text.mask_BT)
             return self.alignnet(jax.lax.stop_gradient(states))
+        if isinstance(text, T5ClipInputs):
+            return Condition(self.t5(text.t5_ids_BT), self.clip(text.clip_ids_BS).pooled_BD)
         raise TypeError(f"nothing here conditions on {type(text).__name__}")
 
     def encode(

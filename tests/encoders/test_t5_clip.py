@@ -19,10 +19,12 @@ from converters.load import importer
 from converters.rules import plan
 from converters.t5 import OWN, t5_table
 from tests import parity
-from x2jax import sharding
+from x2jax import children, sharding
 from x2jax.encoders.clip import CLIP_L, CLIP_TINY, CLIPConfig, CLIPText
 from x2jax.encoders.t5 import T5_TINY, T5_XXL, T5Config, T5Encoder, position_buckets
-from x2jax.encoders.t5_clip import T5ClipTokenizer
+from x2jax.encoders.t5_clip import T5ClipInputs, T5ClipTokenizer
+from x2jax.flux import FLUX_TINY
+from x2jax.model import make_skeleton
 from x2jax.tiny import language, tokenizers
 from x2jax.trees import Skeleton
 
@@ -200,6 +202,29 @@ def test_folders_that_transformers_writes_are_read(tmp_path, name):
         {f"{name}/{p}": jax.ShapeDtypeStruct(s, np.float32) for p, s in part.shapes.items()},
         sharding.make_mesh({"fsdp": -1}),
     )
+
+
+def test_a_flux_folder_conditions_as_transformers_does(tmp_path):
+    """From the public layout, through the registry of children, to what conditions FLUX."""
+    t5, clip = t5_reference(SMALL_T5), clip_reference(SMALL_CLIP)
+    t5.save_pretrained(tmp_path / "text_encoder_2")
+    clip.save_pretrained(tmp_path / "text_encoder")
+    found = children.find_sources({"flux": str(tmp_path)}, ("t5", "clip"))
+    configs = children.configs_of(found)
+    assert configs == {"t5": SMALL_T5, "clip": SMALL_CLIP}
+    skeleton = make_skeleton(configs, children.Precision("float32", "float32"))
+    by_path = sharding.param_shardings(skeleton.abstract, sharding.make_mesh({"fsdp": -1}))
+    params = {}
+    for name in found:
+        params |= children.load_child(skeleton, found, name, by_path)
+    made = skeleton.merge(params).condition(T5ClipInputs(jnp.asarray(T5_IDS), CLIP_IDS))
+    with torch.no_grad():
+        txt = t5(torch.tensor(T5_IDS)).last_hidden_state
+        pooled = clip(torch.tensor(CLIP_IDS)).pooler_output
+    parity.assert_parity(list(made), [txt, pooled], 1e-5)
+    flux = dataclasses.replace(FLUX_TINY, text_width=SMALL_T5.width)
+    with pytest.raises(ValueError, match="the clip in there is 24 wide, this FLUX needs 64"):
+        children.check_fit({"flux": flux, **configs}, {"t5": "here", "clip": "there"})
 
 
 PROMPTS = [

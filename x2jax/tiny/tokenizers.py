@@ -7,6 +7,7 @@ the tiny world's captions and instructions in English and Chinese.
 """
 
 import argparse
+import json
 import string
 from pathlib import Path
 
@@ -37,16 +38,12 @@ def make_t5(texts: list[str], out: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    import json
-
     pieces = [tuple(p) for p in json.loads(tokenizer.to_str())["model"]["vocab"]]
     T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512).save_pretrained(out)
 
 
 def make_clip(texts: list[str], out: Path) -> None:
     """Trains and saves a `CLIPTokenizer`: bytes, bytes that end a word, merges, start, end."""
-    import json
-
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
