@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from x2jax.encoders.qwen2_5_vl.layers import RMSNorm
+from x2jax.encoders.layers import RMSNorm
 from x2jax.flux.model import stack
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,8 @@ class QwenConfig:
     mrope_section: tuple[int, int, int]
     rope_theta: float = 1e6
     rms_eps: float = 1e-6
+    qkv_bias: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.width % self.heads or self.heads % self.kv_heads:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from x2jax.encoders.qwen2_5_vl.layers import MLP, RMSNorm, rotate_half
+from x2jax.encoders.layers import MLP, RMSNorm, rotate_half
 from x2jax.encoders.qwen2_5_vl.vision_config import VisionConfig
 from x2jax.flux.model import stack
 

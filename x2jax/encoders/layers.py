@@ -1,4 +1,4 @@
-"""Layers that the language model and the vision tower share."""
+"""Layers that the decoder and the vision tower share."""
 
 import jax
 import jax.numpy as jnp
