@@ -1,7 +1,7 @@
 """Weights between PyTorch's formats and ours: `python -m converters import|export|inspect`.
 
 import   a published folder or file -> our parameters by path, checked as a whole
-export   a training run, or what import wrote -> the files that others read
+export   a run, what import wrote, or another published file -> the files that others read
 inspect  what a file or folder is, what is in it, and what is wrong with it
 """
 
@@ -9,11 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax
+
 from converters import formats
 from converters.exporting import export
 from converters.formats import FORMATS
 from converters.importing import import_
 from converters.inspecting import inspect, known_formats
+from x2jax.sources import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,21 +31,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|inspect")
     kinds = dict(choices=list(FORMATS), help="default: what the files look like")
+    given = dict(type=Path, metavar="FILE", help="config.json; default: what the files say")
 
     read = commands.add_parser("import", help="published files -> our parameters")
     read.add_argument("--from", dest="source", type=Path, required=True, help="file or folder")
     read.add_argument("--out", type=Path, required=True, help="folder for our parameters")
     read.add_argument("--format", **kinds)
+    read.add_argument("--config", **given)
     read.add_argument("--dtype", choices=DTYPES, help="default: as in the file")
+    read.add_argument("--verify", action="store_true", help="check the recorded hashes first")
 
     write = commands.add_parser("export", help="a run, or imported parameters -> published files")
     write.add_argument(
-        "--from", dest="source", type=Path, required=True, help="workdir of a run, or folder"
+        "--from", dest="source", type=Path, required=True, help="workdir of a run, or weights"
     )
     write.add_argument("--out", type=Path, required=True, help="folder for the files")
     write.add_argument("--format", choices=list(FORMATS), help="default: x2edit, or as imported")
+    write.add_argument("--config", **given)
     write.add_argument("--step", type=int, help="checkpoint of a run; default the newest")
     write.add_argument("--ema", action="store_true", help="the run's moving average")
+    write.add_argument(
+        "--merge", type=Path, metavar="RUN", help="add the plain LoRA of this run or folder"
+    )
+    write.add_argument("--scale", type=float, default=1.0, help="strength of the merged LoRA")
     write.add_argument(
         "--dtype", choices=DTYPES, help="of all tensors; default: the format's own (LoRA bfloat16)"
     )
@@ -50,6 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     look = commands.add_parser("inspect", help="what a file is and what is wrong with it")
     look.add_argument("source", type=Path, help="file or folder")
     look.add_argument("--format", **kinds)
+    look.add_argument("--config", **given)
+    look.add_argument("--verify", action="store_true", help="check the recorded hashes")
+    look.add_argument("--all", action="store_true", help="every tensor, and where it goes")
     return parser.parse_args(argv)
 
 
@@ -59,17 +73,20 @@ def main(argv: list[str] | None = None) -> int:
         if not args.source.exists():
             raise FileNotFoundError(f"no such file or folder: {args.source}")
         fmt = FORMATS[args.format] if args.format else None
+        config = read_json(args.config) if args.config else None
         if args.command == "inspect":
-            return 0 if inspect(args.source, fmt) else 1
+            good = inspect(args.source, fmt, config, verify=args.verify, all_names=args.all)
+            return 0 if good else 1
         if args.command == "import":
             fmt = fmt or formats.detect(args.source)
-            files = import_(args.source, fmt, args.out, args.dtype)
+            print(f"{args.source}: {fmt.name}, {fmt.what}")
+            files = import_(args.source, fmt, args.out, args.dtype, config, verify=args.verify)
         else:
-            files = export(
-                args.source, fmt, args.out, step=args.step, ema=args.ema, dtype=args.dtype
-            )
+            own = ("step", "ema", "dtype", "merge", "scale")
+            options = {k: getattr(args, k) for k in own}
+            files = export(args.source, fmt, args.out, config=config, **options)
     except (OSError, ValueError, ImportError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("\n".join([f"error: {e}", *getattr(e, "__notes__", ())]), file=sys.stderr)
         return 1
     for file in files:
         print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
@@ -77,4 +94,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A conversion is host work: it must not take the accelerator from a run.
+    jax.config.update("jax_platforms", "cpu")
     sys.exit(main())

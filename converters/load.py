@@ -1,17 +1,20 @@
-"""Moves tensors between files and our parameters, one array at a time."""
+"""Files -> our parameters, on devices, on the host, or in pieces on the way to another file."""
 
-from collections import OrderedDict
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from converters import pickles, safetensors_io
-from converters.rules import Entry, Part, Plan, Table, WeightsError, plan
-from converters.safetensors_io import MAX_SHARD, PT, Spec, Tensors
+from converters.chunks import CHUNK, chunks, contiguous
+from converters.rules import FULL, Entry, Part, Plan, Table, WeightsError, plan
+from converters.safetensors_io import Spec, Tensors
+from converters.single_file import FLOAT8
 
 Source = str | Path | Mapping[str, np.ndarray]
 WRAPPERS = ("module.",)
@@ -32,8 +35,7 @@ def open_weights(source: Source) -> Tensors:
       ImportError: a pickle, and torch is not installed.
     """
     if isinstance(source, Mapping):
-        where = source.where if isinstance(source, Tensors) else "memory"
-        return _unwrap(Tensors(source, where, getattr(source, "metadata", None)))
+        return source if isinstance(source, Tensors) else _unwrap(Tensors(source, "memory"))
     path = Path(source).expanduser()
     if path.is_dir() and not any(path.glob("*.safetensors*")):
         found = sorted(p for s in pickles.SUFFIXES for p in path.glob(f"*{s}"))
@@ -50,7 +52,8 @@ def _unwrap(tensors: Tensors) -> Tensors:
     for prefix in WRAPPERS:
         if tensors and all(name.startswith(prefix) for name in tensors):
             named = {name.removeprefix(prefix): x for name, x in tensors.items()}
-            return Tensors(named, tensors.where, tensors.metadata)
+            spans = {name.removeprefix(prefix): x for name, x in tensors.spans.items()}
+            return Tensors(named, tensors.where, tensors.metadata, spans=spans)
     return tensors
 
 
@@ -82,13 +85,112 @@ def _floating(dtype) -> bool:
         return False
 
 
+class Imported:
+    """Our parameters in a file of others, read a piece at a time.
+
+    Attributes:
+      specs: our path -> type and shape.
+      ignored: names in the file that are known, and not needed.
+    """
+
+    def __init__(
+        self, source: Source, table: Table, shapes: Mapping[str, tuple[int, ...]], dtype: Any = None
+    ):
+        """Matches a source with a table; reads nothing yet.
+
+        Args:
+          source: as `open_weights` takes it.
+          table: the rules of its format.
+          shapes: our path -> shape, complete.
+          dtype: of the result; None keeps each tensor's own (the widest of those that share an
+            array), and makes bfloat16 of float8.
+
+        Raises:
+          WeightsError: every unknown, missing, mis-shaped, mis-typed, doubly filled or ambiguous
+            tensor.
+        """
+        self._tensors = open_weights(source)
+        wanted = {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()}
+        found = check(self._tensors, table, wanted)
+        self._entries = found.by_path()
+        self.ignored = (*self._tensors.ignored, *found.ignored)
+        self.specs = {
+            path: Spec(np.dtype(dtype) if dtype else self._dtype(path), shape)
+            for path, shape in shapes.items()
+        }
+
+    def _dtype(self, path: str) -> np.dtype:
+        kinds = {self._tensors[e.name].dtype for e in self._entries[path]}
+        kinds = {np.dtype(ml_dtypes.bfloat16) if k in FLOAT8 else k for k in kinds}
+        return np.dtype(jnp.result_type(*kinds)) if len(kinds) > 1 else kinds.pop()
+
+    def __call__(self, path: str) -> np.ndarray:
+        """One array, whole."""
+        return self.block(path, _full(self.specs[path].shape))
+
+    def read(self, path: str, at: tuple[int | slice, ...]) -> np.ndarray:
+        """`ours[path][at]` in the file's own type if one tensor holds it, else in ours."""
+        for entry in self._entries[path]:
+            name = entry.name
+            if name not in self._tensors.scales and any(p.at == at for p in entry.parts):
+                pieces = entry.pieces(self._tensors[name])
+                return next(x for p, x in pieces if p.path == path and p.at == at)
+        shape = self.specs[path].shape
+        bounds = [
+            slice(a, a + 1) if isinstance(a, int) else slice(0, n)
+            for a, n in zip((*at, *[FULL] * (len(shape) - len(at))), shape, strict=True)
+        ]
+        block = self.block(path, tuple(bounds))
+        return block[tuple(0 if isinstance(a, int) else FULL for a in at)]
+
+    def chunks(self, path: str) -> Iterator[np.ndarray]:
+        """One array as runs of its rows; gives back what was mapped for it."""
+        spec, entries = self.specs[path], self._entries[path]
+        stacked = all(p.at and isinstance(p.at[0], int) for e in entries for p in _of(e, path))
+        ats = [(i,) for i in range(spec.shape[0])] if stacked and spec.nbytes > CHUNK else [()]
+        for at in ats:
+            yield from chunks([self.read(path, at)], 0, spec.dtype)
+            for entry in entries:
+                if not at or any(p.at[0] == at[0] for p in _of(entry, path)):
+                    self._tensors.release(entry.name)
+
+    def release(self, path: str) -> None:
+        """Gives back what was mapped for an array."""
+        for entry in self._entries[path]:
+            self._tensors.release(entry.name)
+
+    def block(self, path: str, bounds: tuple[slice, ...]) -> np.ndarray:
+        """`ours[path][bounds]`; reads only what lies in it."""
+        out = np.empty([s.stop - s.start for s in bounds], self.specs[path].dtype)
+        for entry in self._entries[path]:
+            if not any(_meets(p, bounds) for p in _of(entry, path)):
+                continue
+            scale = self._tensors.scales.get(entry.name)
+            for part, piece in entry.pieces(self._tensors[entry.name]):
+                if part.path != path or not _meets(part, bounds):
+                    continue
+                target, inner = [], []
+                for axis, bound in enumerate(bounds):
+                    at = part.at[axis] if axis < len(part.at) else FULL
+                    if isinstance(at, slice):
+                        target.append(FULL)
+                        inner.append(bound)
+                    else:
+                        target.append(at - bound.start)
+                value = contiguous(piece[tuple(inner)], piece.dtype)
+                if scale is not None:
+                    value = value.astype(np.float32) * np.float32(scale)
+                out[tuple(target)] = value
+        return out
+
+
 def load(
     source: Source,
     table: Table,
     abstract: Mapping[str, Any],
     dtype: Any = None,
 ) -> dict[str, jax.Array]:
-    """Reads weights straight into device arrays; the host holds one array, or one shard, at a time.
+    """Reads weights straight into device arrays; the host holds one block, or one array, at a time.
 
     Args:
       source: as `open_weights` takes it.
@@ -100,101 +202,70 @@ def load(
       Our path -> array.
 
     Raises:
-      WeightsError: every unknown, missing, mis-shaped, mis-typed, doubly filled or ambiguous
-        tensor; nothing has been read then.
+      WeightsError: as `Imported`; nothing has been read then.
     """
-    tensors = open_weights(source)
-    by_path = check(tensors, table, abstract).by_path()
-    return {
-        path: _array(tensors, path, by_path[path], x, dtype or x.dtype)
-        for path, x in abstract.items()
-    }
+    shapes = {path: tuple(x.shape) for path, x in abstract.items()}
+    found = Imported(source, table, shapes)
+    out = {}
+    for path, x in abstract.items():
+        found.specs[path] = Spec(np.dtype(dtype or x.dtype), shapes[path])
+        out[path] = _array(found, path, getattr(x, "sharding", None))
+        found.release(path)
+    return out
 
 
 def load_numpy(
     source: Source, table: Table, abstract: Mapping[str, Any], dtype: Any = None
 ) -> dict[str, np.ndarray]:
     """`load` into host arrays: for conversion and tests of small models."""
-    tensors = open_weights(source)
-    by_path = check(tensors, table, abstract).by_path()
-    return {
-        path: _block(tensors, path, by_path[path], x.shape, _full(x.shape), dtype or x.dtype)
-        for path, x in abstract.items()
-    }
-
-
-def importer(
-    source: Source, table: Table, shapes: Mapping[str, tuple[int, ...]], dtype: Any = None
-):
-    """What an import will hold: (our path -> Spec, function that gives an array by path, ignored).
-
-    Args:
-      source: as `open_weights` takes it.
-      table: the rules of its format.
-      shapes: our path -> shape, complete.
-      dtype: of the result; None keeps each tensor's own.
-
-    Raises:
-      WeightsError: as `load`.
-    """
-    tensors = open_weights(source)
-    found = check(
-        tensors, table, {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()}
-    )
-    entries = found.by_path()
-    specs = {
-        path: Spec(np.dtype(dtype or tensors[entries[path][0].name].dtype), shape)
-        for path, shape in shapes.items()
-    }
-
-    def read(path: str) -> np.ndarray:
-        shape = specs[path].shape
-        return _block(tensors, path, entries[path], shape, _full(shape), specs[path].dtype)
-
-    return specs, read, found.ignored
+    shapes = {path: tuple(x.shape) for path, x in abstract.items()}
+    found = Imported(source, table, shapes)
+    found.specs |= {p: Spec(np.dtype(dtype or x.dtype), shapes[p]) for p, x in abstract.items()}
+    return {path: found(path) for path in abstract}
 
 
 def _full(shape) -> tuple[slice, ...]:
     return tuple(slice(0, n) for n in shape)
 
 
-def _array(tensors, path, entries: list[Entry], x, dtype) -> jax.Array:
-    sharding = getattr(x, "sharding", None)
+def _array(found: Imported, path: str, sharding: Any) -> jax.Array:
     if sharding is None:
-        return jax.device_put(_block(tensors, path, entries, x.shape, _full(x.shape), dtype))
-    kept: dict[tuple, np.ndarray] = {}
-
-    def shard(index):
-        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, x.shape, strict=True))
-        key = tuple((s.start, s.stop) for s in bounds)
-        if key not in kept:
-            # Replicas ask for the same block again, one device after another.
-            kept.clear()
-            kept[key] = _block(tensors, path, entries, x.shape, bounds, dtype)
-        return kept[key]
-
-    return jax.make_array_from_callback(x.shape, sharding, shard)
+        return jax.device_put(found(path))
+    shape = found.specs[path].shape
+    places: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+        places.setdefault(tuple((s.start, s.stop) for s in bounds), []).append(device)
+    shards = []
+    for key, devices in places.items():
+        shards += _shards(found, path, tuple(slice(*ends) for ends in key), devices)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _block(tensors, path, entries: list[Entry], shape, bounds, dtype) -> np.ndarray:
-    """`ours[path][bounds]`; reads only what lies in it."""
-    out = np.empty([s.stop - s.start for s in bounds], dtype)
-    for entry in entries:
-        if not any(p.path == path and _meets(p, bounds) for p in entry.parts):
-            continue
-        for part, piece in entry.pieces(tensors[entry.name]):
-            if part.path != path or not _meets(part, bounds):
-                continue
-            target, inner = [], []
-            for axis, bound in enumerate(bounds):
-                at = part.at[axis] if axis < len(part.at) else slice(None)
-                if isinstance(at, slice):
-                    target.append(slice(None))
-                    inner.append(bound)
-                else:
-                    target.append(at - bound.start)
-            out[tuple(target)] = piece[tuple(inner)]
+def _shards(found: Imported, path: str, bounds: tuple[slice, ...], devices) -> list[jax.Array]:
+    """One block on each of some devices; a large one arrives a row at a time, joined there."""
+    spec = Spec(found.specs[path].dtype, tuple(s.stop - s.start for s in bounds))
+    if spec.nbytes <= 4 * CHUNK or len(bounds) < 3:
+        block = found.block(path, bounds)
+        return [jax.device_put(block, device) for device in devices]
+    out = [jnp.zeros(spec.shape, spec.dtype, device=device) for device in devices]
+    for i in range(spec.shape[0]):
+        row = slice(bounds[0].start + i, bounds[0].start + i + 1)
+        block = found.block(path, (row, *bounds[1:]))
+        for k, device in enumerate(devices):
+            out[k] = _set_row(out[k], jax.device_put(block, device), i)
+        found.release(path)
+        jax.block_until_ready(out)  # or rows would pile up on the host
     return out
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(whole, row, i):
+    return jax.lax.dynamic_update_slice_in_dim(whole, row, i, 0)
+
+
+def _of(entry: Entry, path: str) -> list[Part]:
+    return [p for p in entry.parts if p.path == path]
 
 
 def _meets(part: Part, bounds) -> bool:
@@ -202,67 +273,3 @@ def _meets(part: Part, bounds) -> bool:
         isinstance(at, slice) or bound.start <= at < bound.stop
         for at, bound in zip(part.at, bounds, strict=False)
     )
-
-
-class _Host:
-    """Our arrays on the host, the last few used: tensors of one rule share arrays."""
-
-    def __init__(self, params: Mapping[str, Any], keep: int = 2):
-        self.params, self.keep = params, keep
-        self.arrays: OrderedDict[str, np.ndarray] = OrderedDict()
-
-    def read(self, part: Part) -> np.ndarray:
-        value = self.params[part.path]
-        if not isinstance(value, np.ndarray):
-            if part.path not in self.arrays:
-                while len(self.arrays) >= self.keep:
-                    self.arrays.popitem(last=False)
-                self.arrays[part.path] = np.asarray(value)
-            self.arrays.move_to_end(part.path)
-            value = self.arrays[part.path]
-        return value[part.at]
-
-
-def save(
-    params: Mapping[str, Any],
-    table: Table,
-    out: str | Path,
-    dtype: Any = None,
-    metadata: Mapping[str, Any] | None = PT,
-    *,
-    max_shard: int = MAX_SHARD,
-) -> list[Path]:
-    """Writes our parameters in an external format, tensor by tensor, atomically.
-
-    Args:
-      params: our path -> array (JAX or numpy), complete.
-      table: the rules of the format.
-      out: the `.safetensors` file; above `max_shard` bytes it becomes shards with an index.
-      dtype: to cast to; None keeps each array's own.
-      metadata: of the safetensors header; None for none.
-      max_shard: bytes of the largest file.
-
-    Returns:
-      The files written.
-
-    Raises:
-      WeightsError: every parameter the format has no place for, and every tensor it lacks.
-    """
-    entries, read = exporter(params, table, dtype)
-    return safetensors_io.write(out, entries, read, metadata=metadata, max_shard=max_shard)
-
-
-def exporter(params: Mapping[str, Any], table: Table, dtype: Any = None):
-    """What an export will hold: (name -> Spec, function that gives a tensor by name)."""
-    found = plan(table, {path: tuple(x.shape) for path, x in params.items()})
-    host = _Host(params)
-    specs = {
-        name: Spec(np.dtype(dtype or params[entry.parts[0].path].dtype), entry.shape)
-        for name, entry in found.entries.items()
-    }
-
-    def read(name: str) -> np.ndarray:
-        tensor = found.entries[name].assemble(host.read)
-        return np.ascontiguousarray(tensor, specs[name].dtype).reshape(specs[name].shape)
-
-    return specs, read

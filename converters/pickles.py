@@ -77,8 +77,15 @@ def _numpy(value, torch) -> np.ndarray:
     return value.numpy()
 
 
-def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write(
+    path: str | Path, tensors: Mapping[str, np.ndarray], beside: Mapping[str, Any] | None = None
+) -> None:
     """Writes a state dict as `torch.save` does, atomically.
+
+    Args:
+      path: the file.
+      tensors: by name.
+      beside: a config, to wrap as {"config", "state_dict"}; None for the bare state dict.
 
     Raises:
       ImportError: torch is not installed.
@@ -89,7 +96,9 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     try:
         # Through a handle: given a path, torch writes its name into the file.
         with temporary.open("wb") as f:
-            torch.save({name: _tensor(value, torch) for name, value in tensors.items()}, f)
+            state = {name: _tensor(value, torch) for name, value in tensors.items()}
+            wrapped = state if beside is None else {"config": dict(beside), "state_dict": state}
+            torch.save(wrapped, f)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,53 +1,29 @@
 """Safetensors files: memory-mapped reading with a checked header, atomic streamed writing."""
 
+import hashlib
 import json
-import os
+import mmap
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from converters.chunks import CHUNK
 from converters.rules import WeightsError
+from converters.safetensors_header import NAMES, SHA256, Spec, read_header, text_of
+from converters.shards import Shards
 
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100 << 20
-"""Bytes of the largest header accepted: the limit of the reference implementation."""
+__all__ = ["INDEX", "MAX_SHARD", "PT", "Spec", "Tensors", "open_file", "open_tensors", "write"]
+
 MAX_SHARD = 10 << 30
 """Default bytes of the largest file written, as diffusers has it."""
 PT = {"format": "pt"}
 """Header metadata that transformers asks for."""
 INDEX = ".index.json"
-
-
-class Spec(NamedTuple):
-    """Type and shape of a tensor to come."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+MAX_INDEX = 100 << 20
+"""Bytes of the largest index of shards accepted."""
 
 
 class Tensors(dict[str, np.ndarray]):
@@ -56,11 +32,32 @@ class Tensors(dict[str, np.ndarray]):
     Attributes:
       where: the file or folder, for messages.
       metadata: of the header; empty where there is none.
+      spans: name -> the mapped file that a tensor lies in, and its first and last byte there.
+      scales: name -> what a float8 tensor is to be multiplied with.
+      ignored: names in the file that are known, and not needed.
     """
 
-    def __init__(self, items, where: str = "memory", metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        items: Any,
+        where: str = "memory",
+        metadata: Mapping[str, str] | None = None,
+        *,
+        spans: Mapping[str, tuple[mmap.mmap, int, int]] | None = None,
+        scales: Mapping[str, float] | None = None,
+        ignored: Iterable[str] = (),
+    ):
         super().__init__(items)
         self.where, self.metadata = where, dict(metadata or {})
+        self.spans, self.scales, self.ignored = dict(spans or {}), dict(scales or {}), [*ignored]
+
+    def release(self, name: str) -> None:
+        """Gives the memory of a mapped tensor back; it is read again where it is used again."""
+        if name in self.spans:
+            mapped, begin, end = self.spans[name]
+            begin -= begin % mmap.PAGESIZE
+            if end > begin:
+                mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def open_file(path: str | Path) -> Tensors:
@@ -70,77 +67,42 @@ def open_file(path: str | Path) -> Tensors:
       WeightsError: the header is damaged or does not describe the file.
     """
     path = Path(path)
-    header, start = _header(path)
-    size = path.stat().st_size - start
-    metadata = header.pop("__metadata__", {})
-    specs, problems = {}, []
-    for name, entry in header.items():
-        try:
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            spec = Spec(dtype, shape)
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-                problems.append(f"{name}: negative or non-integer shape or offset {entry}")
-            elif end - begin != spec.nbytes:
-                problems.append(f"{name}: {end - begin} bytes for {entry['dtype']} {shape}")
-            elif end > size:
-                problems.append(
-                    f"{name}: lies at bytes {begin}-{end} of a data part of {size} bytes; the file "
-                    "is truncated: fetch it again"
-                )
-            else:
-                specs[name] = spec, begin, end
-        except KeyError as e:
-            known = ", ".join(DTYPES)
-            problems.append(f"{name}: no or unknown {e.args[0]!r} in {entry} (dtypes: {known})")
-        except (TypeError, ValueError):
-            problems.append(f"{name}: malformed header entry {entry!r}")
-    last, before = 0, ""
-    for name, (_, begin, end) in sorted(specs.items(), key=lambda kv: kv[1][1:]):
-        if begin < last:
-            problems.append(f"{name}: overlaps {before}")
-        if end > begin:
-            last, before = end, name
-    if not problems and last != size:
-        problems.append(f"{size - last} bytes after the last tensor belong to none")
-    if problems:
-        raise WeightsError(f"damaged safetensors file {path}", problems)
-    data = np.memmap(path, np.uint8, "r", start, (size,)) if size else np.empty(0, np.uint8)
-    arrays = {
-        name: data[begin:end].view(spec.dtype).reshape(spec.shape).view(np.ndarray)
-        for name, (spec, begin, end) in specs.items()
-    }
-    return Tensors(arrays, str(path), metadata)
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    def damaged(reason: str) -> WeightsError:
-        return WeightsError(f"damaged safetensors file {path}", [reason])
-
-    size = path.stat().st_size
+    header = read_header(path)
+    if not header.size:
+        empty = {name: np.empty(s.shape, s.dtype) for name, (s, _, _) in header.spans.items()}
+        return Tensors(empty, str(path), header.metadata)
     with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > MAX_HEADER or 8 + length > size:
-            raise damaged(
-                f"header of {length} bytes in a file of {size} (limit {MAX_HEADER}): not a "
-                "safetensors file, a pointer to one, or truncated; fetch it again"
-            )
-        raw = f.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except (UnicodeDecodeError, ValueError) as e:
-        raise damaged(f"the header is not JSON: {e}") from None
-    if not isinstance(header, dict):
-        raise damaged("the header is not a JSON object")
-    return header, 8 + length
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    data, arrays, spans = np.frombuffer(mapped, np.uint8), {}, {}
+    for name, (spec, begin, end) in header.spans.items():
+        begin, end = begin + header.start, end + header.start
+        arrays[name] = data[begin:end].view(spec.dtype).reshape(spec.shape)
+        spans[name] = mapped, begin, end
+    return Tensors(arrays, str(path), header.metadata, spans=spans)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"repeated names {sorted({n for n in names if names.count(n) > 1})[:5]}")
-    return out
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a whole file, as hexadecimal digits."""
+    return _sha256(path, 0)
+
+
+def data_sha256(path: Path) -> str:
+    """SHA-256 of all bytes after the header, as hexadecimal digits."""
+    return _sha256(path, read_header(path).start)
+
+
+def _sha256(path: Path, start: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        f.seek(start)
+        while block := f.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """What the header says of its data's SHA-256, as hexadecimal digits; None if nothing."""
+    return read_header(path).metadata.get(SHA256, "").removeprefix("0x").lower() or None
 
 
 def open_tensors(path: str | Path) -> Tensors:
@@ -176,12 +138,14 @@ def find(folder: Path) -> Path:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if all(Path(shard).name == shard for shard in weight_map.values()):
+        if index.stat().st_size > MAX_INDEX:
+            raise ValueError(f"larger than {MAX_INDEX} bytes")
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if all(Path(s).name == s and s.endswith(".safetensors") for s in weight_map.values()):
             return weight_map
-        reason = "a shard lies outside the folder"
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        reason = f"no readable weight_map ({type(e).__name__}: {e})"
+        reason = "a shard lies outside the folder, or is no .safetensors file"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        reason = f"no readable weight_map ({type(e).__name__}: {ascii(str(e))[:200]})"
     raise WeightsError(f"damaged index {index}", [reason])
 
 
@@ -201,6 +165,7 @@ def _open_index(index: Path) -> Tensors:
             for name in sorted(set(tensors) - listed)
         ]
         out.update((name, tensors[name]) for name in tensors if name in listed)
+        out.spans |= tensors.spans
     if problems:
         raise WeightsError(f"weights of {index}", problems)
     return out
@@ -209,57 +174,55 @@ def _open_index(index: Path) -> Tensors:
 def write(
     path: str | Path,
     specs: Mapping[str, Spec],
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str], Any],
     *,
     metadata: Mapping[str, Any] | None = PT,
-    max_shard: int = MAX_SHARD,
+    max_shard: int | None = MAX_SHARD,
+    resume: str | None = None,
 ) -> list[Path]:
-    """Writes tensors one at a time, under temporary names until all of them are on disk.
+    """Writes tensors a few megabytes at a time, under other names until all of them are on disk.
 
     Args:
       path: the `.safetensors` file; above `max_shard` bytes it becomes shards and an index.
       specs: name -> type and shape of every tensor, in file order.
-      read: gives the values of a tensor, called once each.
-      metadata: for the header; values other than strings are written as JSON. None for no header
-        metadata.
-      max_shard: bytes of the largest shard; a larger single tensor has one of its own.
+      read: gives the values of a tensor, called once each: an array, or the runs of its rows.
+      metadata: for the header; values other than strings are written as JSON. The hash of the data
+        is added. None for a header without metadata, and without a hash.
+      max_shard: bytes of the largest shard; a larger single tensor has one of its own. None for
+        one file, however large.
+      resume: what the values come from, in words that change when the values do. Complete shards
+        of a write that was cut short are then kept, checked and used by the next.
 
     Returns:
       The files written.
+
+    Raises:
+      OSError: no space, or another process writes the same file.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"cannot write {path}: give the name of a .safetensors file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Spec]] = [{}]
+    parts: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():
-        if shards[-1] and sum(s.nbytes for s in shards[-1].values()) + spec.nbytes > max_shard:
-            shards.append({})
-        shards[-1][name] = spec
+        size = sum(s.nbytes for s in parts[-1].values()) + spec.nbytes
+        if max_shard is not None and parts[-1] and size > max_shard:
+            parts.append({})
+        parts[-1][name] = spec
     names = [path.name]
-    if len(shards) > 1:
-        names = [
-            f"{path.stem}-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))
-        ]
-    header = None if metadata is None else {k: _text(v) for k, v in (PT | dict(metadata)).items()}
-    final = [path.parent / name for name in names]
-    temporary = [f.with_name(f".{f.name}.{os.getpid()}.tmp") for f in final]
-    index = path.with_name(path.name + INDEX)
-    try:
-        for target, shard in zip(temporary, shards, strict=True):
-            _write_file(target, shard, read, header)
-        if len(shards) > 1:
-            final.append(index)
-            temporary.append(index.with_name(f".{index.name}.{os.getpid()}.tmp"))
-            weight_map = {n: f for f, shard in zip(names, shards, strict=True) for n in shard}
+    if len(parts) > 1:
+        count = len(parts)
+        names = [f"{path.stem}-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
+    header = None if metadata is None else text_of(PT | dict(metadata) | {SHA256: ""})
+    with Shards(path, sum(s.nbytes for s in specs.values()), resume) as shards:
+        for name, part in zip(names, parts, strict=True):
+            shards.write(name, _header(part, header), part, read)
+        if len(parts) > 1:
+            weight_map = {n: f for f, part in zip(names, parts, strict=True) for n in part}
             total = sum(s.nbytes for s in specs.values())
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            temporary[-1].write_text(json.dumps(content, indent=2))
-        for source, target in zip(temporary, final, strict=True):
-            source.replace(target)
-    finally:
-        for f in temporary:
-            f.unlink(missing_ok=True)
+            shards.write_text(path.name + INDEX, json.dumps(content, indent=2))
+        final = shards.finish()
     # Shards of an earlier, differently cut file of this name would make the folder ambiguous.
     family = re.compile(re.escape(path.stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     for f in path.parent.iterdir():
@@ -268,17 +231,11 @@ def write(
     return final
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _write_file(
-    path: Path,
-    specs: Mapping[str, Spec],
-    read: Callable[[str], np.ndarray],
-    metadata: Mapping[str, str] | None,
-) -> None:
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> bytes:
+    """Length and header; the hash in it is zeros, of its final length."""
+    header: dict[str, Any] = {}
+    if metadata is not None:
+        header["__metadata__"] = {**metadata, SHA256: "0x" + "0" * 64}
     offset = 0
     for name, spec in specs.items():
         header[name] = {
@@ -289,11 +246,4 @@ def _write_file(
         offset += spec.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as f:
-        f.write(len(raw).to_bytes(8, "little"))
-        f.write(raw)
-        for name, spec in specs.items():
-            array = np.ascontiguousarray(read(name), spec.dtype).reshape(spec.shape)
-            f.write(array.reshape(-1).view(np.uint8).data)
-        f.flush()
-        os.fsync(f.fileno())
+    return len(raw).to_bytes(8, "little") + raw

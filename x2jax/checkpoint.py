@@ -120,6 +120,6 @@ def load_trainable(
                 partial_restore=True,
             ),
         )
-    meta = json.loads((root / str(step) / "meta" / "metadata").read_text())
+    meta = json.loads((root / str(step) / "meta" / "metadata").read_text()) | {"step": step}
     params: Params = restored[item]
     return params, meta

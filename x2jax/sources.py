@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from converters.rules import Table
 
 TINY = Path(__file__).parent / "tiny" / "weights"
+MAX_JSON = 16 << 20
+"""Bytes of the largest config read."""
 
 
 class Source(NamedTuple):
@@ -67,7 +69,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: is {directory.parent} a model folder?")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file of reasonable size.
+
+    Raises:
+      OSError: it cannot be read. ValueError: it is something else, or larger than `MAX_JSON`.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise ValueError(f"{path} has {size} bytes: too large for a config (limit {MAX_JSON})")
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON: {ascii(str(e))[:200]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object: it is a {type(found).__name__}")
+    return found

@@ -9,7 +9,7 @@ import jax
 from converters import formats, native, x2edit
 from converters.formats.base import there
 from converters.formats.x2edit import adapter_config
-from converters.load import importer
+from converters.load import Imported
 from x2jax.checkpoint import load_trainable
 from x2jax.trees import Params, prefixed
 
@@ -69,8 +69,8 @@ def _trio(root: Path) -> Trained:
     config = fmt.read(root)
     params: Params = {}
     for part in fmt.parts(config):
-        specs, read, _ = importer(fmt.locate(root, part), part.table, part.shapes)
-        params |= prefixed({p: read(p) for p in specs}, part.prefix)
+        read = Imported(fmt.locate(root, part), part.table, part.shapes)
+        params |= prefixed({p: read(p) for p in read.specs}, part.prefix)
     return Trained(params, trio_meta(root, config))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from converters.formats import alignnet, flux, qwen2_5_vl, text_encoders, vae, x2edit
 from converters.formats.base import Format, Part
+from converters.load import open_weights
 from converters.rules import WeightsError
 
 __all__ = ["FORMATS", "Format", "Part", "detect"]
@@ -22,12 +23,13 @@ def detect(path: Path) -> Format:
 
     Raises:
       FileNotFoundError: nothing there.
-      WeightsError: none fits; the formats are listed.
+      WeightsError: damaged, or none fits; the formats are listed.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     found = next((f for f in FORMATS.values() if f.is_here(path)), None)
     if found is None:
+        open_weights(path)  # a damaged file looks like no format: it says so itself
         known = [f"{f.name}: {f.what}" for f in FORMATS.values()]
         raise WeightsError(f"{path} is of no format known here", known)
     return found

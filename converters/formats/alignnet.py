@@ -1,5 +1,6 @@
-"""AlignNet, in the wrappings that it is published in."""
+"""AlignNet, in the wrappings that it is published in; all of them are read as one."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ def parts(config: Mapping[str, Any]) -> list[Part]:
     return [Part(DIFFUSERS, table, shapes_of(lambda: AlignNet(cfg, **F32, rngs=nnx.Rngs(0))))]
 
 
+def _comfyui(config: Mapping[str, Any]) -> list[Part]:
+    (part,) = parts(config)
+    file = str(Path(part.file).with_suffix(".pt"))
+    return [dataclasses.replace(part, file=file, beside=dict(config))]
+
+
 def _is_here(path: Path) -> bool:
     try:
         return bool(read(path))
@@ -42,9 +49,18 @@ def _is_here(path: Path) -> bool:
 FORMATS = (
     Format(
         "alignnet",
-        "AlignNet state dict of X2I or X2Edit, a file or its folder",
+        "AlignNet state dict of X2I or X2Edit, in any wrapping; a file or its folder",
         read,
         parts,
         _is_here,
+        kind="alignnet",
+    ),
+    Format(
+        "alignnet-comfyui",
+        'AlignNet as a pickle of {"config", "state_dict"}, as the ComfyUI release has it',
+        read,
+        _comfyui,
+        lambda path: False,  # "alignnet" reads every wrapping
+        kind="alignnet",
     ),
 )

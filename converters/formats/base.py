@@ -8,7 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from converters.rules import Shape, Table
+from converters.load import open_weights
+from converters.rules import Shape, Table, WeightsError
+from converters.safetensors_io import MAX_SHARD, Tensors
 from x2jax.sources import read_config
 from x2jax.trees import Skeleton, prefixed
 
@@ -28,6 +30,9 @@ class Part:
       shapes: our path -> shape of what it holds; paths as the table has them.
       prefix: what stands before these paths in the whole set of parameters.
       dtype: as written unless asked otherwise; None keeps the parameters' own.
+      max_shard: bytes above which it is written as shards; None for never.
+      metadata: of its header, besides what every file of ours has; None for none at all.
+      beside: what a pickle holds beside its `state_dict`; None for a bare state dict.
     """
 
     file: str
@@ -35,6 +40,9 @@ class Part:
     shapes: Mapping[str, Shape]
     prefix: str = ""
     dtype: str | None = None
+    max_shard: int | None = MAX_SHARD
+    metadata: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+    beside: Mapping[str, Any] | None = None
 
     def whole(self) -> dict[str, Shape]:
         """Its shapes under the paths of the whole set of parameters."""
@@ -50,6 +58,9 @@ class Format:
     parts: config -> the files.
     is_here: whether a path looks like this format.
     has_config: whether the config is written beside the weights as `config.json`.
+    kind: what it holds; formats of one kind have the same configs and parameters, and what was
+      read as one can be written as another. Empty for its name.
+    open: file or folder of its one part -> tensors by the names of its table.
     """
 
     name: str
@@ -58,6 +69,11 @@ class Format:
     parts: Callable[[Mapping[str, Any]], list[Part]]
     is_here: Callable[[Path], bool]
     has_config: bool = False
+    kind: str = ""
+    open: Callable[[Path], Tensors] = open_weights
+
+    def __post_init__(self):
+        object.__setattr__(self, "kind", self.kind or self.name)
 
     def locate(self, path: Path, part: Part) -> Path:
         """The file of a part: itself, its safetensors twin, or the folder to search.
@@ -101,3 +117,36 @@ def class_is(name: str) -> Callable[[Path], bool]:
             return False
 
     return check
+
+
+def limited(
+    config: dict[str, Any], tensors: Mapping[str, Any], *counts: str, at: str = ""
+) -> dict[str, Any]:
+    """The config, if it asks for no more blocks than the file has tensors.
+
+    A number in a small file must not make us build a large model.
+
+    Args:
+      config: of a model.
+      tensors: of its file.
+      counts: keys of numbers of blocks, or of lists with an item a block.
+      at: key of the sub-dictionary that holds them; empty for the config itself.
+
+    Raises:
+      WeightsError: it asks for more, or for something else than numbers.
+    """
+    inner = config.get(at, {}) if at else config
+    problems = []
+    if not isinstance(inner, Mapping):
+        raise WeightsError("config", [f"{at} is not an object: {ascii(inner)[:80]}"])
+    for key in counts:
+        value = inner.get(key, 0)
+        count = len(value) if isinstance(value, list) else value
+        if type(count) is not int or not 0 <= count <= len(tensors):
+            problems.append(
+                f"{key} = {ascii(value)[:80]}, and the weights are {len(tensors)} tensors: "
+                "is this the config of these weights?"
+            )
+    if problems:
+        raise WeightsError("config", problems)
+    return config

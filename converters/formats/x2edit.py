@@ -48,7 +48,7 @@ def _parts(config: Mapping[str, Any]) -> list[Part]:
     rest = {p: s for p, s in shapes.items() if p != table}
     align = alignnet.parts(config["alignnet"])[0]
     return [
-        Part(x2edit.LORA, rules, rest, "adapter", "bfloat16"),
+        Part(x2edit.LORA, rules, rest, "adapter", "bfloat16", metadata=None),
         Part(x2edit.TASKS, x2edit.task_table(), {table: shapes[table]}, "adapter"),
         dataclasses.replace(align, file=x2edit.ALIGNNET, prefix="alignnet"),
     ]

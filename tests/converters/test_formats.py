@@ -16,7 +16,7 @@ from converters.load import open_weights
 from converters.rules import WeightsError
 from x2jax.alignnet import AlignNetConfig
 from x2jax.encoders.clip import CLIPConfig
-from x2jax.encoders.qwen2_5_vl import QWEN_TINY
+from x2jax.encoders.qwen2_5_vl import QWEN_TINY, VisionConfig
 from x2jax.encoders.t5 import T5Config
 from x2jax.encoders.vae import TINY_VAE
 from x2jax.flux import FLUX_TINY
@@ -25,24 +25,38 @@ SMALL_FLUX = dataclasses.replace(
     FLUX_TINY, width=32, heads=2, head_dim=16, axes=(4, 6, 6), double_blocks=2, single_blocks=2
 )
 SMALL_QWEN = dataclasses.replace(QWEN_TINY, layers=2, vocab=32)
+SMALL_VISION = VisionConfig(2, 16, 2, 24, QWEN_TINY.width, (1,), image_token=30, video_token=31)
+SMALL_VAE = dataclasses.replace(TINY_VAE, block_out_channels=(8, 16), norm_num_groups=4)
+QWEN = {"model_type": "qwen2_5_vl", **SMALL_QWEN.to_transformers()}
 CONFIGS = {
     "flux-diffusers": SMALL_FLUX.to_diffusers(),
-    "vae-diffusers": TINY_VAE.to_diffusers(),
-    "qwen2.5-vl": {"model_type": "qwen2_5_vl", **SMALL_QWEN.to_transformers()},
     "t5": T5Config(2, 12, 2, 4, 20, 16).to_transformers(),
     "clip": CLIPConfig(2, 12, 2, 20, 16, positions=9).to_transformers(),
+    "flux-bfl": SMALL_FLUX.to_diffusers(),
+    "vae-diffusers": SMALL_VAE.to_diffusers(),
+    "vae-bfl": SMALL_VAE.to_diffusers(),
+    "qwen2.5-vl": {**QWEN, **SMALL_VISION.to_transformers()},
     "alignnet": vars(AlignNetConfig(5, 12, 20, 6, "scale")),
 }
+PAIRS = [("flux-diffusers", "flux-bfl"), ("vae-diffusers", "vae-bfl")]
 
 
-def published(name: str, folder, seed: int = 0):
+def published(name: str, folder, seed: int = 0, config=None):
     """A folder of random bfloat16 weights in a format."""
     fmt = formats.FORMATS[name]
     rng = np.random.default_rng(seed)
-    (part,) = fmt.parts(CONFIGS[name])
+    (part,) = fmt.parts(config or CONFIGS[name])
     params = {p: rng.standard_normal(s).astype(np.float32) for p, s in part.shapes.items()}
-    write(fmt, CONFIGS[name], params, folder, "bfloat16")
+    write(fmt, config or CONFIGS[name], params, folder, "bfloat16")
     return fmt, folder, folder / part.file
+
+
+def equal_data(a, b) -> bool:
+    """Whether two files have the same tensors, byte for byte, in the same order."""
+    x, y = open_weights(a), open_weights(b)
+    return list(x) == list(y) and all(
+        x[n].dtype == y[n].dtype and x[n].tobytes() == y[n].tobytes() for n in x
+    )
 
 
 @pytest.fixture(params=list(CONFIGS))
@@ -55,10 +69,32 @@ def test_import_then_export_is_bitwise(source, tmp_path, capsys):
     ours, again = tmp_path / "ours", tmp_path / "again"
     assert cli.main(["import", "--from", str(folder), "--out", str(ours)]) == 0
     assert cli.main(["export", "--from", str(ours), "--out", str(again)]) == 0
-    assert (again / file.name).read_bytes() == file.read_bytes()
+    assert equal_data(again / file.name, file)
     if fmt.has_config:
         assert json.loads((again / "config.json").read_text()) == CONFIGS[fmt.name]
     assert capsys.readouterr().out.count("wrote ") >= 2
+
+
+@pytest.mark.parametrize("pair", PAIRS + [p[::-1] for p in PAIRS], ids="-".join)
+def test_formats_of_a_kind_become_each_other_bitwise(pair, tmp_path):
+    one, other = pair
+    _, folder, file = published(one, tmp_path / "one")
+    there, ours, back = (tmp_path / n for n in ("other", "ours", "back"))
+    assert run("export", folder, there, "--format", other) == 0
+    assert run("import", there, ours) == 0
+    assert run("export", ours, back, "--format", one) == 0
+    assert equal_data(back / file.name, file)
+
+
+def run(command: str, source, out, *options: str) -> int:
+    return cli.main([command, "--from", str(source), "--out", str(out), *options])
+
+
+def test_another_kind_is_refused(tmp_path, capsys):
+    _, folder, _ = published("vae-bfl", tmp_path / "vae")
+    assert run("export", folder, tmp_path / "out", "--format", "flux-bfl") == 1
+    assert "only as vae-diffusers, vae-bfl" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_dtype_is_the_users_choice(source, tmp_path):
@@ -77,13 +113,23 @@ def test_inspect_says_what_it_is(source, capsys):
     assert "complete; fills" in out
 
 
+def open_file(file):
+    """Copies of the tensors, and the metadata."""
+    found = safetensors_io.open_file(file)
+    return {n: np.array(x) for n, x in found.items()}, found.metadata
+
+
+def rewrite(file, tensors, metadata=None):
+    specs = {n: safetensors_io.Spec(x.dtype, x.shape) for n, x in tensors.items()}
+    safetensors_io.write(file, specs, tensors.__getitem__, metadata=metadata or {})
+
+
 def test_inspect_says_what_is_wrong(source, capsys):
     _, folder, file = source
-    tensors = {n: np.array(x) for n, x in safetensors_io.open_file(file).items()}
+    tensors, metadata = open_file(file)
     gone = sorted(tensors)[-1]
     del tensors[gone]
-    specs = {n: safetensors_io.Spec(x.dtype, x.shape) for n, x in tensors.items()}
-    safetensors_io.write(file, specs, tensors.__getitem__)
+    rewrite(file, tensors, metadata)
     assert cli.main(["inspect", str(folder)]) == 1
     err = capsys.readouterr().err
     assert gone in err
@@ -110,6 +156,17 @@ def test_unknown_files_are_shown_with_the_formats_known(tmp_path, capsys):
     assert "is of no format known here" in capsys.readouterr().err
 
 
+def test_the_comfyui_wrapping_is_written_and_read(tmp_path):
+    _, folder, file = published("alignnet", tmp_path / "published")
+    assert run("export", folder, tmp_path / "comfy", "--format", "alignnet-comfyui") == 0
+    (path,) = (tmp_path / "comfy").iterdir()
+    state = torch.load(path, weights_only=True)
+    assert set(state) == {"config", "state_dict"} and state["config"]["states"] == 5
+    assert all(isinstance(x, torch.Tensor) for x in state["state_dict"].values())
+    assert run("export", path, tmp_path / "raw", "--format", "alignnet") == 0
+    assert equal_data(tmp_path / "raw" / file.name, file)
+
+
 @pytest.mark.parametrize("wrapping", ["module", "config"])
 def test_wrapped_alignnets_are_read(tmp_path, wrapping):
     fmt, folder, file = published("alignnet", tmp_path / "published")
@@ -129,7 +186,7 @@ def test_wrapped_alignnets_are_read(tmp_path, wrapping):
 
 
 def test_a_qwen_with_a_vision_tower_says_what_it_leaves_out(tmp_path, capsys):
-    fmt, folder, file = published("qwen2.5-vl", tmp_path / "published")
+    fmt, folder, file = published("qwen2.5-vl", tmp_path / "published", config=QWEN)
     tensors = {n: np.array(x) for n, x in safetensors_io.open_file(file).items()}
     tensors["visual.patch_embed.proj.weight"] = np.ones((2, 2), jnp.bfloat16)
     specs = {n: safetensors_io.Spec(x.dtype, x.shape) for n, x in tensors.items()}

@@ -14,8 +14,8 @@ from flax import nnx
 
 from converters.alignnet import alignnet_table
 from converters.flux_diffusers import flux_table
-from converters.load import save
 from converters.qwen2_5_vl import qwen_table
+from converters.save import save
 from converters.vae_diffusers import vae_table
 from x2jax.alignnet import AlignNet, AlignNetConfig
 from x2jax.encoders.qwen2_5_vl import QWEN_TINY

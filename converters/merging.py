@@ -1,0 +1,95 @@
+"""A plain LoRA added to the weights that it adapts: one model, which needs no adapter any more."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from converters.rules import WeightsError
+from converters.safetensors_io import Spec
+from converters.save import Parameters
+
+
+def merge_note(meta: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """What the header of a merged file says of the run that went into it."""
+    adapter = meta["config"]["adapter"]
+    return {
+        "scale": scale,
+        "step": meta.get("step"),
+        "rank": adapter["rank"],
+        "alpha": adapter.get("alpha"),
+        "fingerprints": meta.get("fingerprints", {}),
+        "config": meta["config"],
+    }
+
+
+class Merged:
+    """`Parameters` of a FLUX.1 with scale * delta added to each weight that a LoRA adapts.
+
+    A parallel LoRA on y = x W gives W + s A B. One in series, y + (y A) B, gives W (1 + s A B), and
+    so for the bias. Computed in float32, rounded to the type of the base once.
+
+    Attributes:
+      specs: our path -> type and shape, those of the base.
+    """
+
+    def __init__(
+        self, base: Parameters, params: Mapping[str, Any], adapter: Mapping[str, Any], scale: float
+    ):
+        """Checks that the adapter can be added; reads nothing yet.
+
+        Args:
+          base: of a FLUX.1, paths relative to it.
+          params: with `adapter/.../down` (blocks, in, 1, rank) and `.../up` (blocks, 1, rank, out).
+          adapter: its config: rank, alpha, experts, and maybe `series`.
+          scale: strength; the adapter's own alpha / rank comes on top.
+
+        Raises:
+          WeightsError: a MoE-LoRA, or an adapter of another FLUX.1; every offender is listed.
+        """
+        self.specs: dict[str, Spec] = base.specs
+        self._base, self._series = base, set(adapter.get("series", ()))
+        self._scale = np.float32(
+            scale * (adapter.get("alpha") or adapter["rank"]) / adapter["rank"]
+        )
+        heads = [p.removesuffix("/down") for p in params if p.endswith("/down")]
+        self._pairs = {
+            h.removeprefix("adapter/"): (params[f"{h}/down"], params[f"{h}/up"]) for h in heads
+        }
+        problems = []
+        if adapter.get("experts") or any("/gate_" in p for p in params):
+            problems.append(
+                "a MoE-LoRA cannot be folded into a weight: which experts act, and how strongly, "
+                "differs from token to token and from task to task. Export it as x2edit"
+            )
+        elif not self._pairs:
+            problems.append(f"no LoRA in it; it has {sorted(params)[:3]}")
+        for name, (down, up) in () if problems else self._pairs.items():
+            kernel = self.specs.get(f"{name}/kernel")
+            expected = (down.shape[0], down.shape[1], up.shape[-1])
+            if kernel is None:
+                problems.append(f"unknown: the base has no {name}/kernel")
+            elif kernel.shape != expected:
+                problems.append(f"mis-shaped: {name}/kernel is {kernel.shape}, LoRA {expected}")
+        if problems:
+            raise WeightsError("merge", problems)
+
+    def read(self, path: str, at: tuple[int | slice, ...]) -> np.ndarray:
+        """`ours[path][at]`, with the delta."""
+        value = self._base.read(path, at)
+        name, _, leaf = path.rpartition("/")
+        pair = self._pairs.get(name)
+        series = name.split("/", 1)[-1] in self._series
+        if pair is None or not (leaf == "kernel" or (leaf == "bias" and series)):
+            return value
+        if not at or not isinstance(at[0], int):
+            return np.stack([self.read(path, (i,)) for i in range(self.specs[path].shape[0])])[at]
+        down, up = (np.asarray(x[at[0]], np.float32) for x in pair)
+        out = self._base.read(path, at[:1]).astype(np.float32)
+        product = (out @ down[:, 0] if series else down[:, 0]) @ up[0]
+        merged = (out + self._scale * product).astype(self.specs[path].dtype)
+        return merged[at[1:]]
+
+    def release(self, path: str) -> None:
+        """Gives back what was mapped for an array."""
+        self._base.release(path)
