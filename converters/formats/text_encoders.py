@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from converters.clip import PUBLISHED, clip_table, prefix_of
-from converters.formats.base import F32, TRANSFORMERS, Format, Part, class_is, shapes_of
+from converters.formats.base import F32, TRANSFORMERS, Format, Part, class_is, limited, shapes_of
 from converters.load import open_weights
 from converters.t5 import SHARED, embedding_of, t5_table
 from x2jax.encoders.clip import CLIPConfig, CLIPText
@@ -16,8 +16,11 @@ from x2jax.sources import read_config
 
 
 def _read_t5(folder: Path) -> dict[str, Any]:
-    name = embedding_of(open_weights(folder))
-    return read_config(folder) | ({"x2jax_embedding": name} if name != SHARED else {})
+    tensors = open_weights(folder)
+    name = embedding_of(tensors)
+    return limited(read_config(folder), tensors, "num_layers") | (
+        {"x2jax_embedding": name} if name != SHARED else {}
+    )
 
 
 def _t5(config: Mapping[str, Any]) -> list[Part]:
@@ -28,8 +31,11 @@ def _t5(config: Mapping[str, Any]) -> list[Part]:
 
 
 def _read_clip(folder: Path) -> dict[str, Any]:
-    prefix = prefix_of(open_weights(folder))
-    return read_config(folder) | ({"x2jax_prefix": prefix} if prefix != PUBLISHED else {})
+    tensors = open_weights(folder)
+    prefix = prefix_of(tensors)
+    return limited(read_config(folder), tensors, "num_hidden_layers") | (
+        {"x2jax_prefix": prefix} if prefix != PUBLISHED else {}
+    )
 
 
 def _clip(config: Mapping[str, Any]) -> list[Part]:

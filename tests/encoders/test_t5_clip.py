@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from converters import formats
 from converters.clip import clip_table
-from converters.load import importer
+from converters.load import Imported
 from converters.rules import plan
 from converters.t5 import OWN, t5_table
 from tests import parity
@@ -193,11 +193,11 @@ def test_folders_that_transformers_writes_are_read(tmp_path, name):
     found = formats.detect(tmp_path)
     assert found.name == name
     (part,) = found.parts(found.read(tmp_path))
-    specs, read, _ = importer(tmp_path, part.table, part.shapes)
+    read = Imported(tmp_path, part.table, part.shapes)
     path = "shared/embedding" if t5 else "position_embedding/embedding"
     weight = model.shared.weight if t5 else model.embeddings.position_embedding.weight
     np.testing.assert_array_equal(read(path), weight.detach().numpy())
-    assert set(specs) == set(part.shapes)
+    assert set(read.specs) == set(part.shapes)
     sharding.param_shardings(
         {f"{name}/{p}": jax.ShapeDtypeStruct(s, np.float32) for p, s in part.shapes.items()},
         sharding.make_mesh({"fsdp": -1}),
