@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from converters.pickle_check import check_pickle
 from converters.rules import WeightsError
 from converters.safetensors_io import Tensors
 
@@ -43,13 +44,11 @@ def read(path: str | Path) -> Tensors:
     """
     path = Path(path)
     torch = _torch(path)
+    check_pickle(path)
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
-        reason = str(e).strip().split("\n")[0]
+        reason = ascii(str(e).strip().split("\n")[0])[:200]
         raise WeightsError(
             f"unreadable pickle {path}",
             [f"{type(e).__name__}: {reason}; truncated, not a torch file, or more than weights"],
@@ -60,11 +59,17 @@ def read(path: str | Path) -> Tensors:
         raise WeightsError(
             f"pickle {path}", [f"holds a {type(state).__name__}, not tensors by name"]
         )
-    wrong = [
-        f"{name}: a {type(value).__name__}, not a tensor"
-        for name, value in state.items()
-        if not isinstance(value, torch.Tensor)
-    ]
+    size, wrong = path.stat().st_size, []
+    for name, value in state.items():
+        shown = ascii(name)[:120].strip("'")
+        if not isinstance(value, torch.Tensor):
+            wrong.append(f"{shown}: a {type(value).__name__}, not a tensor")
+        elif not isinstance(name, str) or not name.isprintable():
+            wrong.append(f"{shown}: a name that is no printable text")
+        elif value.numel() * value.element_size() > size:  # a view that repeats its storage
+            wrong.append(f"{shown}: {tuple(value.shape)} is larger than the file of {size} bytes")
+        elif value.layout != torch.strided or value.is_quantized or value.is_complex():
+            wrong.append(f"{shown}: a {value.layout} tensor of {value.dtype}, not plain numbers")
     if wrong:
         raise WeightsError(f"pickle {path}", wrong)
     return Tensors({name: _numpy(value, torch) for name, value in state.items()}, str(path))
