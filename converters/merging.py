@@ -8,6 +8,7 @@ import numpy as np
 from converters.rules import WeightsError
 from converters.safetensors_io import Spec
 from converters.save import Parameters
+from x2jax.adapters import AdapterConfig
 
 
 def merge_note(meta: Mapping[str, Any], scale: float) -> dict[str, Any]:
@@ -41,23 +42,23 @@ class Merged:
         Args:
           base: of a FLUX.1, paths relative to it.
           params: with `adapter/.../down` (blocks, in, 1, rank) and `.../up` (blocks, 1, rank, out).
-          adapter: its config: rank, alpha, experts, and maybe `series`.
+          adapter: arguments of its `AdapterConfig`.
           scale: strength; the adapter's own alpha / rank comes on top.
 
         Raises:
           WeightsError: a MoE-LoRA, or an adapter of another FLUX.1; every offender is listed.
         """
         self.specs: dict[str, Spec] = base.specs
-        self._base, self._series = base, set(adapter.get("series", ()))
-        self._scale = np.float32(
-            scale * (adapter.get("alpha") or adapter["rank"]) / adapter["rank"]
-        )
+        lists = {k: tuple(v) for k, v in adapter.items() if isinstance(v, list)}
+        cfg = AdapterConfig(**{**adapter, **lists})
+        self._base, self._series = base, set(cfg.series)
+        self._scale = np.float32(scale * cfg.scale)
         heads = [p.removesuffix("/down") for p in params if p.endswith("/down")]
         self._pairs = {
             h.removeprefix("adapter/"): (params[f"{h}/down"], params[f"{h}/up"]) for h in heads
         }
         problems = []
-        if adapter.get("experts") or any("/gate_" in p for p in params):
+        if cfg.experts or any("/gate_" in p for p in params):
             problems.append(
                 "a MoE-LoRA cannot be folded into a weight: which experts act, and how strongly, "
                 "differs from token to token and from task to task. Export it as x2edit"
