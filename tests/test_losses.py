@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from x2jax import flow, losses
+from x2jax.flux.layers import DoubleTaps
 from x2jax.sharding import make_mesh
 
 TASKS = np.array([1, 1, 3, 3, 7])
@@ -23,9 +24,14 @@ def is_target(batch=5, tokens=4):
     return jnp.asarray(mask)
 
 
+def gram_of(h, mask, stop_gradient=True):
+    """What the probe sees of a block whose image stream is h."""
+    return losses.GramProbe(mask, stop_gradient).double(DoubleTaps(h, h, h))
+
+
 def run(h, *, stop_gradient=True, tasks=TASKS):
     mask = is_target(*h.shape[:2])
-    gram = losses.gram_probe(mask, stop_gradient=stop_gradient)(h)
+    gram = gram_of(h, mask, stop_gradient)
     stacked = jax.tree.map(lambda x: x[None], gram)
     return losses.contrastive_loss(stacked, jnp.asarray(tasks), stop_gradient=stop_gradient)
 
@@ -51,7 +57,7 @@ def test_contrastive_equals_the_formula_on_a_case_computed_by_hand():
     """Two orthogonal unit states of one task: d = 2, s = exp(-4), loss = -log(s / (1 + s))."""
     h = jnp.eye(2)[:, None]
     out = losses.contrastive_loss(
-        jax.tree.map(lambda x: x[None], losses.gram_probe(jnp.ones((2, 1), bool))(h)), jnp.zeros(2)
+        jax.tree.map(lambda x: x[None], gram_of(h, jnp.ones((2, 1), bool))), jnp.zeros(2)
     )
     assert float(out.loss) == pytest.approx(-np.log(np.exp(-4) / (1 + np.exp(-4))), rel=1e-5)
     assert int(out.lonely) == 0
@@ -88,7 +94,7 @@ def test_gram_on_a_mesh_equals_one_device():
     tasks = jnp.array([1, 1, 2, 2])
 
     def loss(h):
-        gram = losses.gram_probe(mask)(h)
+        gram = gram_of(h, mask)
         return losses.contrastive_loss(jax.tree.map(lambda x: x[None], gram), tasks).loss
 
     expected = jax.jit(jax.value_and_grad(loss))(h)

@@ -1,11 +1,15 @@
 """Objectives (spec x2edit.md section 4). All in float32."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from x2jax.flux.layers import DoubleTaps
+from x2jax.flux.scan import Probe
 
 
 def flow_loss(
@@ -37,26 +41,33 @@ class Gram(NamedTuple):
     squares_B: Float[Array, "*l B"]
 
 
-def gram_probe(is_target_BI: Bool[Array, "B I"], *, stop_gradient: bool = True):
-    """A probe for `Flux`: the Gram matrix of the target states over the *global* batch.
+@dataclasses.dataclass(frozen=True)
+class GramProbe(Probe):
+    """The Gram matrix of the target states after every double block, over the *global* batch.
 
     In a mesh, features are resharded over the devices (an all-to-all) and contracted there, instead
     of gathering every sample's 12.6 M features on every device.
+
+    Attributes:
+      is_target_BI: which tokens count.
+      stop_gradient: no gradient through the gathered side.
     """
 
-    def probe(x_BID) -> Gram:
-        h = jnp.where(is_target_BI[..., None], x_BID, 0)
+    is_target_BI: Bool[Array, "B I"]
+    stop_gradient: bool = True
+
+    def double(self, *taps: DoubleTaps) -> Gram:
+        (tap,) = taps
+        h = jnp.where(self.is_target_BI[..., None], tap.img_BID, 0)
         flat_BF = h.reshape(h.shape[0], -1)
         squares = jnp.square(h.astype(jnp.float32)).sum(axis=(1, 2))
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty and mesh.size > 1:
             axes = tuple(a for a in mesh.axis_names if a in ("data", "fsdp"))
             flat_BF = jax.lax.with_sharding_constraint(flat_BF, P(None, axes))
-        other_BF = jax.lax.stop_gradient(flat_BF) if stop_gradient else flat_BF
+        other_BF = jax.lax.stop_gradient(flat_BF) if self.stop_gradient else flat_BF
         products = jnp.einsum("IF,JF->IJ", flat_BF, other_BF, preferred_element_type=jnp.float32)
         return Gram(products, squares)
-
-    return probe
 
 
 class Contrastive(NamedTuple):

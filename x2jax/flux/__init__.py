@@ -2,7 +2,8 @@
 
 from x2jax.flux.config import FLUX_DEV, FLUX_SCHNELL, FLUX_TINY, FluxConfig
 from x2jax.flux.latents import PAD, SOURCE, TARGET, ImageStream
-from x2jax.flux.model import Flux, FluxOutput
+from x2jax.flux.model import Flux, FluxOutput, Seen
+from x2jax.flux.scan import Probe
 
 __all__ = [
     "FLUX_DEV",
@@ -15,4 +16,6 @@ __all__ = [
     "FluxConfig",
     "FluxOutput",
     "ImageStream",
+    "Probe",
+    "Seen",
 ]

@@ -43,6 +43,31 @@ class Modulation(NamedTuple):
         return x * (1 + self.scale) + self.shift
 
 
+class DoubleTaps(NamedTuple):
+    """What a probe may see of a double block; what it does not use costs nothing.
+
+    Attributes:
+      img_attn_BID, txt_attn_BTD: attention output of either stream after its output projection and
+        before the gate.
+      img_BID: the image stream after the block.
+    """
+
+    img_attn_BID: Float[Array, "B I D"]
+    txt_attn_BTD: Float[Array, "B T D"]
+    img_BID: Float[Array, "B I D"]
+
+
+class SingleTaps(NamedTuple):
+    """What a probe may see of a single block.
+
+    Attributes:
+      attn_BLD: attention output of the joint sequence before any output projection: the heads side
+        by side.
+    """
+
+    attn_BLD: Float[Array, "B L D"]
+
+
 def layer_norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """LayerNorm without affine, eps 1e-6, in float32; returns x's dtype."""
     y = x.astype(jnp.float32)
@@ -146,7 +171,10 @@ class DoubleBlock(nnx.Module):
         self.img_mlp, self.txt_mlp = MLP(cfg, **kw), MLP(cfg, **kw)
 
     def __call__(self, txt_BTD, img_BID, ctx: Context, adapters: Mapping | None = None):
-        """Both streams after the block; `adapters` maps module names to projection adapters."""
+        """Both streams after the block, and the block's `DoubleTaps`.
+
+        `adapters` maps module names to projection adapters.
+        """
         of = adapters if adapters is not None else {}
         attn1, mlp1 = self.img_mod(ctx.vec_B2D, ctx.is_source_BI)
         attn2, mlp2 = self.txt_mod(ctx.vec_B2D)
@@ -157,19 +185,17 @@ class DoubleBlock(nnx.Module):
         joint = _attend(q, k, v, ctx)
         txt_out, img_out = joint[:, : txt_BTD.shape[1]], joint[:, txt_BTD.shape[1] :]
 
-        img_BID += attn1.gate * project(
-            self.img_attn.proj, img_out, of.get("img_attn"), "proj", ctx.task_BD
-        )
-        txt_BTD += attn2.gate * project(
-            self.txt_attn.proj, txt_out, of.get("txt_attn"), "proj", ctx.task_BD
-        )
+        img_attn = project(self.img_attn.proj, img_out, of.get("img_attn"), "proj", ctx.task_BD)
+        txt_attn = project(self.txt_attn.proj, txt_out, of.get("txt_attn"), "proj", ctx.task_BD)
+        img_BID += attn1.gate * img_attn
+        txt_BTD += attn2.gate * txt_attn
         img_BID += mlp1.gate * self.img_mlp(
             mlp1.modulate(layer_norm(img_BID)), of.get("img_mlp"), ctx.task_BD
         )
         txt_BTD += mlp2.gate * self.txt_mlp(
             mlp2.modulate(layer_norm(txt_BTD)), of.get("txt_mlp"), ctx.task_BD
         )
-        return txt_BTD, img_BID
+        return txt_BTD, img_BID, DoubleTaps(img_attn, txt_attn, img_BID)
 
 
 class SingleBlock(nnx.Module):
@@ -186,6 +212,7 @@ class SingleBlock(nnx.Module):
         self.mlp = MLP(cfg, out_bias=False, **kw)
 
     def __call__(self, x_BLD, ctx: Context, adapters: Mapping | None = None):
+        """The joint sequence after the block, and the block's `SingleTaps`."""
         of = adapters if adapters is not None else {}
         text = x_BLD.shape[1] - ctx.is_source_BI.shape[1]
         is_source_BL = jnp.pad(ctx.is_source_BI, ((0, 0), (text, 0)))
@@ -193,7 +220,8 @@ class SingleBlock(nnx.Module):
         h = mod.modulate(layer_norm(x_BLD))
         attn = _attend(*self.attn.qkv(h, of.get("attn"), ctx.task_BD), ctx)
         out = project(self.attn.proj, attn, of.get("attn"), "proj", ctx.task_BD)
-        return x_BLD + mod.gate * (out + self.mlp(h, of.get("mlp"), ctx.task_BD))
+        x_BLD += mod.gate * (out + self.mlp(h, of.get("mlp"), ctx.task_BD))
+        return x_BLD, SingleTaps(attn)
 
 
 def _attend(q_BLHK, k_BLHK, v_BLHK, ctx: Context):

@@ -6,29 +6,35 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from x2jax.flux.config import FluxConfig
 from x2jax.flux.latents import PAD, SOURCE, ImageStream
 from x2jax.flux.layers import Context, DoubleBlock, SingleBlock, layer_norm
 from x2jax.flux.rope import rope_angles, timestep_features
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention", "attention_residuals"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""Remat policies by name; "none" keeps every activation."""
+from x2jax.flux.scan import TAPS, Lane, Probe, scan_blocks
 
 
 class FluxOutput(NamedTuple):
     """Attributes:
     velocity_BIC: predicted noise - latents of every image token; meaningful at target tokens.
-    probes: what the probe returned for each double block, stacked on axis 0; None without one.
+    seen: what the probe saw.
     """
 
     velocity_BIC: Float[Array, "B I C"]
-    probes: Any
+    seen: "Seen"
+
+
+class Seen(NamedTuple):
+    """What a probe returned, stacked over blocks on axis 0; None without one.
+
+    Attributes:
+      double, single: of the double and the single blocks.
+    """
+
+    double: Any
+    single: Any
 
 
 class Embedder(nnx.Module):
@@ -98,7 +104,7 @@ class Flux(nnx.Module):
         *,
         adapters: Any = None,
         task_BD: Float[Array, "B D"] | None = None,
-        probe: Callable[[Array], Any] | None = None,
+        probe: Probe | None = None,
         remat: str = "none",
     ) -> FluxOutput:
         """One evaluation of the velocity field.
@@ -111,33 +117,101 @@ class Flux(nnx.Module):
           guidance_B: guidance scale (3.5, not 3500); required if and only if the model has it.
           adapters: an `x2jax.adapters.Adapters`, or None for the base.
           task_BD: task embedding, required by adapters with routed experts.
-          probe: called with the image stream (B, I, D) after every double block.
+          probe: looks at every block; it gets one lane's taps.
           remat: "none" or a key of `REMAT_POLICIES`.
 
         Raises:
           ValueError: guidance given to a model without it, or missing; unknown remat policy.
         """
+        lane = self._lane(img, txt_BTD, pooled_BP, timesteps_B, guidance_B, task_BD)
+        (lane,), seen = self._blocks((lane,), adapters, probe, remat)
+        velocity = self.final_layer(lane.img_BID, lane.ctx.vec_B2D[:, 0])
+        return FluxOutput(velocity, seen)
+
+    def lockstep(
+        self,
+        img: ImageStream,
+        teacher: tuple[Float[Array, "B T text_width"], Float[Array, "B pooled_width"]],
+        student: tuple[Float[Array, "B T text_width"], Float[Array, "B pooled_width"]],
+        timesteps_B: Float[Array, "B"],
+        guidance_B: Float[Array, "B"] | None = None,
+        *,
+        probe: Probe,
+        remat: str = "none",
+        segment: int = 0,
+    ) -> Seen:
+        """Two conditionings of the same latents through the same blocks, block by block.
+
+        Nothing outlives a block but what the probe returns. No gradient reaches the teacher.
+
+        Args:
+          img, timesteps_B, guidance_B: as in `__call__`.
+          teacher, student: text features and pooled vector of either.
+          probe: called with the taps of the teacher and of the student.
+          remat: "none" or a key of `REMAT_POLICIES`.
+          segment: with remat, the teacher is kept at every so many blocks only and computed again
+            in the backward pass; 0 keeps what the probe saw of it in every block (`scan_blocks`).
+
+        Raises:
+          ValueError: as `__call__`.
+        """
+        old = self._lane(img, *teacher, timesteps_B, guidance_B, None)
+        old = jax.lax.stop_gradient(old)._replace(passive=True)
+        new = self._lane(img, *student, timesteps_B, guidance_B, None)
+        return self._blocks((old, new), None, probe, remat, segment)[1]
+
+    def _lane(self, img, txt_BTD, pooled_BP, timesteps_B, guidance_B, task_BD) -> Lane:
         ctx = self._context(img, txt_BTD.shape[1], pooled_BP, timesteps_B, guidance_B, task_BD)
         x_BID = self.img_in(img.tokens_BIC.astype(self.dtype))
-        txt = self.txt_in(txt_BTD.astype(self.dtype))
+        return Lane(ctx, self.txt_in(txt_BTD.astype(self.dtype)), x_BID)
 
-        def double(carry, layer):
-            block, adapter = layer
-            txt, x = block(*carry, ctx, adapter)
-            return (txt, x), None if probe is None else probe(x)
+    def _blocks(
+        self, lanes: tuple[Lane, ...], adapters, probe: Probe | None, remat: str, segment: int = 0
+    ) -> tuple[tuple[Lane, ...], Seen]:
+        """All lanes through all blocks."""
 
-        def single(x, layer):
+        def look(how, taps):
+            named = [
+                checkpoint_name(tap, TAPS) if lane.passive else tap
+                for lane, tap in zip(lanes, taps, strict=True)
+            ]
+            return how(*named)
+
+        def double(streams, layer):
             block, adapter = layer
-            return block(x, ctx, adapter), None
+            outs = [
+                block(txt, x, lane.ctx, adapter)
+                for lane, (txt, x) in zip(lanes, streams, strict=True)
+            ]
+            seen = None if probe is None else look(probe.double, [taps for _, _, taps in outs])
+            return tuple((txt, x) for txt, x, _ in outs), seen
+
+        def single(joints, layer):
+            block, adapter = layer
+            outs = [block(x, lane.ctx, adapter) for lane, x in zip(lanes, joints, strict=True)]
+            seen = None if probe is None else look(probe.single, [taps for _, taps in outs])
+            return tuple(x for x, _ in outs), seen
 
         of = (None, None) if adapters is None else (adapters.double_blocks, adapters.single_blocks)
-        (txt, x_BID), probes = jax.lax.scan(
-            _remat(double, remat), (txt, x_BID), (self.double_blocks, of[0])
+        how: Any = dict(passive=tuple(a.passive for a in lanes), remat=remat, segment=segment)
+        streams, seen_double = scan_blocks(
+            double,
+            tuple((lane.txt_BTD, lane.img_BID) for lane in lanes),
+            (self.double_blocks, of[0]),
+            **how,
         )
-        joint = jnp.concatenate([txt, x_BID], axis=1)
-        joint, _ = jax.lax.scan(_remat(single, remat), joint, (self.single_blocks, of[1]))
-        velocity = self.final_layer(joint[:, txt.shape[1] :], ctx.vec_B2D[:, 0])
-        return FluxOutput(velocity, probes)
+        joints, seen_single = scan_blocks(
+            single,
+            tuple(jnp.concatenate(pair, axis=1) for pair in streams),
+            (self.single_blocks, of[1]),
+            **how,
+        )
+        text = lanes[0].txt_BTD.shape[1]
+        after = tuple(
+            lane._replace(txt_BTD=x[:, :text], img_BID=x[:, text:])
+            for lane, x in zip(lanes, joints, strict=True)
+        )
+        return after, Seen(seen_double, seen_single)
 
     def _context(self, img, text, pooled_BP, timesteps_B, guidance_B, task_BD) -> Context:
         if (guidance_B is None) == self.cfg.guidance:
@@ -162,12 +236,3 @@ class Flux(nnx.Module):
             lengths_B=text + (img.roles_BI != PAD).sum(axis=1),
             task_BD=task_BD,
         )
-
-
-def _remat(body, policy: str):
-    if policy == "none":
-        return body
-    if policy not in REMAT_POLICIES:
-        raise ValueError(f"unknown remat policy {policy!r}: use none, {', '.join(REMAT_POLICIES)}")
-    # prevent_cse guards against merging across the checkpoint, which a scan already rules out.
-    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)

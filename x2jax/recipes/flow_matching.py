@@ -105,14 +105,14 @@ class FlowMatching(Recipe):
         """
         u_key, latent_key, noise_key = jax.random.split(key, 3)
         u = flow.sample_u(u_key, batch.task.shape, self.objective.density)
-        flow_B, probes = self.flow_loss(
+        flow_B, gram = self.flow_loss(
             params, frozen, batch, flow.sigma_from_u(u), latent_key, noise_key
         )
         total = flow_B.mean()
         metrics = {"flow": total}
         if self.objective.contrastive:
             contrastive = losses.contrastive_loss(
-                probes,
+                gram,
                 batch.task,
                 temperature=self.objective.temperature,
                 stop_gradient=self.objective.stop_gradient,
@@ -130,7 +130,7 @@ class FlowMatching(Recipe):
         latent_key: PRNGKeyArray,
         noise_key: PRNGKeyArray,
     ) -> tuple[Float[Array, "B"], Any]:
-        """Flow loss of every sample at given sigmas, and the contrastive probes (None if off)."""
+        """Flow loss of every sample at given sigmas; Gram matrices by block (None if off)."""
         model: Model = self.skeleton.merge(params, frozen)
         clean = self._encode(model, batch, latent_key)
         is_target = clean.roles_BI == TARGET
@@ -139,11 +139,11 @@ class FlowMatching(Recipe):
         stream = clean._replace(tokens_BIC=jnp.where(is_target[..., None], x_t, clean.tokens_BIC))
         probe = None
         if self.objective.contrastive:
-            probe = losses.gram_probe(is_target, stop_gradient=self.objective.stop_gradient)
+            probe = losses.GramProbe(is_target, stop_gradient=self.objective.stop_gradient)
         out = self._velocity(model, stream, sigma_B, batch, self.objective.guidance, probe)
         weight = flow.weight(sigma_B, self.objective.density)
         target = noise - clean.tokens_BIC
-        return losses.flow_loss(out.velocity_BIC, target, is_target, weight), out.probes
+        return losses.flow_loss(out.velocity_BIC, target, is_target, weight), out.seen.double
 
     def held_out(self, params: Params, frozen: Params, batch: Batch) -> Metrics:
         """Flow loss at fixed noise and evenly spread sigmas: comparable between steps and runs."""
