@@ -62,8 +62,13 @@ def run_reference(model, x, teacher, student, direction):
     given = [torch.tensor(a, requires_grad=True) for a in student]
     with torch.no_grad():
         wanted = taps(model, x, *map(torch.tensor, teacher))
+    with torch.enable_grad():
+        return _terms(taps(model, x, *given), wanted, given, direction)
+
+
+def _terms(found, wanted, given, direction):
     terms = []
-    for ours, theirs in zip(taps(model, x, *given), wanted, strict=True):
+    for ours, theirs in zip(found, wanted, strict=True):
         of_kind = []
         for s, t in zip(ours, theirs, strict=True):
             p, q = by_the_formula(s), by_the_formula(t)

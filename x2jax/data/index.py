@@ -59,7 +59,7 @@ class Report:
 
     def __str__(self) -> str:
         langs = ", ".join(f"{n} with {k} instruction" for k, n in sorted(self.languages.items()))
-        lines = [f"index: kept {self.kept.total()} samples ({langs or 'none'})"]
+        lines = [f"index: kept {self.kept.total()} samples" + (f" ({langs})" if langs else "")]
         lines += [f"  {n:>9}  {name}" for name, n in self.kept.most_common()]
         lines += [f"index: dropped {self.dropped.total()}"]
         lines += [f"  {n:>9}  {reason}" for reason, n in self.dropped.most_common()]
