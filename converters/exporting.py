@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters import formats, native, pickles, safetensors_io
+from converters import formats, lora_files, native, pickles, safetensors_io
 from converters.formats import FORMATS, Format, Part
 from converters.formats.base import twin
 from converters.formats.x2edit import x2edit_config
 from converters.importing import identity, open_parts
 from converters.load import Imported
+from converters.lora_names import Layout
 from converters.merging import Merged, merge_note
 from converters.rules import WeightsError
 from converters.save import Exported, Held, Parameters
@@ -40,7 +41,7 @@ class Base(NamedTuple):
 
 def export(
     source: Path,
-    fmt: Format | None,
+    fmt: Format | Layout | None,
     out: Path,
     *,
     step: int | None = None,
@@ -54,7 +55,8 @@ def export(
 
     Args:
       source: workdir of a run; a folder that `import_` wrote; or files in any format known.
-      fmt: None for the format that an imported folder came from; x2edit for a run.
+      fmt: None for the format that an imported folder came from; for a run and an imported LoRA,
+        lora-peft where it is plain LoRA and x2edit otherwise.
       out: folder.
       step, ema: of a run, as `x2jax.trained.open_trained`; with `merge`, of that run.
       dtype: of all tensors; None for the format's own.
@@ -69,11 +71,18 @@ def export(
     if base is None:
         if merge is not None:
             raise ValueError(f"--merge needs a base in --from; {source} is a trained adapter")
-        if fmt is not None and fmt.name != "x2edit":
-            raise ValueError(f"{source} is a trained adapter: it cannot be written as {fmt.name}")
-        return _export_trained(trained.open_trained(source, step, ema=ema), out, dtype)
+        found = trained.open_trained(source, step, ema=ema)
+        plain = lora_files.is_plain(found.params)
+        fits = "lora-peft" if plain else "x2edit"
+        if fmt is not None and fmt.name != fits:
+            raise ValueError(
+                f"{source} is a trained adapter: it cannot be written as {fmt.name}, only as {fits}"
+            )
+        if plain:
+            return lora_files.export(found.params, found.meta, out, dtype)
+        return _export_trained(found, out, dtype)
     fmt = base.fmt if fmt is None else fmt
-    if fmt.kind != base.fmt.kind:
+    if not isinstance(fmt, Format) or fmt.kind != base.fmt.kind:
         others = ", ".join(f.name for f in FORMATS.values() if f.kind == base.fmt.kind)
         raise ValueError(
             f"{source} holds {base.fmt.name} weights: they cannot be written as {fmt.name}, "
@@ -98,7 +107,7 @@ def _open_base(source: Path, config: Mapping[str, Any] | None) -> Base | None:
     """The frozen weights of a source; None if it is a run, or an adapter."""
     if native.is_native(source):
         tensors, about = native.open_folder(source)
-        if about["format"] == "x2edit":
+        if "meta" in about:
             return None
         name = Path(about.get("source", source)).name
         return Base(FORMATS[about["format"]], about["config"], Held(tensors), name)

@@ -12,6 +12,7 @@ from converters import formats, native
 from converters.formats import FORMATS, Format
 from converters.importing import open_parts, some
 from converters.load import open_weights
+from converters.lora_names import LAYOUTS
 from converters.rules import WeightsError, expand
 from converters.verify import hashes
 
@@ -96,4 +97,4 @@ def _summary(tensors: Mapping[str, np.ndarray], goes: Mapping[str, str], shown: 
 
 def known_formats() -> str:
     """A line for every format."""
-    return "\n".join(f"  {f.name:15} {f.what}" for f in FORMATS.values())
+    return "\n".join(f"  {f.name:18} {f.what}" for f in (*FORMATS.values(), *LAYOUTS.values()))

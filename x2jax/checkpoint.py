@@ -84,7 +84,7 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 def load_trainable(
     workdir: str | Path, step: int | None = None, *, ema: bool = False
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """The trainable tree and the meta of a run, on the host.
+    """The trainable tree and the meta of a run, on the host; the meta with its `step`.
 
     Args:
       workdir: a run's directory, or its `checkpoints` folder.
@@ -122,4 +122,4 @@ def load_trainable(
         )
     meta = json.loads((root / str(step) / "meta" / "metadata").read_text()) | {"step": step}
     params: Params = restored[item]
-    return params, meta
+    return params, meta | {"step": step}

@@ -43,7 +43,7 @@ def open_trained(path: str | Path, step: int | None = None, *, ema: bool = False
     root = Path(path).expanduser()
     if native.is_native(root):
         tensors, about = native.open_folder(root)
-        if about.get("format") != "x2edit":
+        if "meta" not in about:
             raise ValueError(f"{root} holds {about.get('format')} weights, not a trained adapter")
         found = Trained(dict(tensors), about["meta"])
     elif formats.FORMATS["x2edit"].is_here(root):

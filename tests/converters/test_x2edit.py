@@ -79,6 +79,7 @@ def make_run(root, params, cfg: AdapterConfig = SMALL, **changes):
     config = get_config().unlock()
     config.adapter = ConfigDict(
         dict(experts=cfg.experts, rank=cfg.rank, alpha=cfg.alpha, tasks=cfg.tasks)
+        | ({} if cfg.experts else {k: getattr(cfg, k) for k in ("double", "single", "series")})
     )
     config.update(changes)
     checkpoints = Checkpointer(root, every=1, keep=1)
