@@ -2,14 +2,8 @@
 
 from typing import Protocol
 
+from converters.decoder import DecoderSizes, decoder_rules
 from converters.rules import Part, Rule, T, Table, reshape, rule
-
-
-class QwenSizes(Protocol):
-    """What the table needs of a Qwen config."""
-
-    layers: int
-    tied: bool
 
 
 class VisionSizes(Protocol):
@@ -22,7 +16,9 @@ class VisionSizes(Protocol):
     temporal_patch: int
 
 
-def qwen_table(cfg: QwenSizes, *, nested: bool = False, vision: VisionSizes | None = None) -> Table:
+def qwen_table(
+    cfg: DecoderSizes, *, nested: bool = False, vision: VisionSizes | None = None
+) -> Table:
     """Names of a `Qwen2_5_VLForConditionalGeneration` and paths of `Qwen2_5_VL`.
 
     Args:
@@ -31,36 +27,11 @@ def qwen_table(cfg: QwenSizes, *, nested: bool = False, vision: VisionSizes | No
         modules) instead of `model.layers...` and `visual...` (its files, as published).
       vision: sizes of the vision tower; None leaves the tower out.
     """
-    root = "model.language_model." if nested else "model."
-    layer = root + "layers.{i}."
-    layers = range(cfg.layers)
-
-    def linear(name: str, bias: bool) -> list[Rule]:
-        path = f"layers/{name.replace('.', '/')}"
-        rules = [rule(f"{layer}{name}.weight", f"{path}/kernel", T, at=("i",), i=layers)]
-        if bias:
-            rules.append(rule(f"{layer}{name}.bias", f"{path}/bias", at=("i",), i=layers))
-        return rules
-
-    rules = [
-        rule(f"{root}embed_tokens.weight", "embed_tokens/embedding"),
-        rule(f"{root}norm.weight", "norm/scale"),
-    ]
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        rules.append(rule(f"{layer}{norm}.weight", f"layers/{norm}/scale", at=("i",), i=layers))
-    for name in ("q_proj", "k_proj", "v_proj"):
-        rules += linear(f"self_attn.{name}", bias=True)
-    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-        rules += linear(name, bias=False)
-    ignore = []
+    rules, ignore = decoder_rules(cfg, "model.language_model." if nested else "model.")
     if vision is None:
         ignore.append(r"(model\.)?visual\..*")
     else:
         rules += _vision_rules(vision, "model.visual." if nested else "visual.")
-    if cfg.tied:  # a tied head repeats the embedding
-        ignore.append(r"lm_head\.weight")
-    else:
-        rules.append(rule("lm_head.weight", "lm_head/kernel", T))
     name = "Qwen2.5-VL text path" if vision is None else "Qwen2.5-VL"
     return Table(f"{name}, transformers", tuple(rules), tuple(ignore))
 

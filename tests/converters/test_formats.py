@@ -17,6 +17,7 @@ from converters.rules import WeightsError
 from x2jax.alignnet import AlignNetConfig
 from x2jax.encoders.clip import CLIPConfig
 from x2jax.encoders.qwen2_5_vl import QWEN_TINY, VisionConfig
+from x2jax.encoders.qwen3 import Qwen3Config
 from x2jax.encoders.t5 import T5Config
 from x2jax.encoders.vae import TINY_VAE
 from x2jax.flux import FLUX_TINY
@@ -30,6 +31,7 @@ SMALL_VAE = dataclasses.replace(TINY_VAE, block_out_channels=(8, 16), norm_num_g
 QWEN = {"model_type": "qwen2_5_vl", **SMALL_QWEN.to_transformers()}
 CONFIGS = {
     "flux-diffusers": SMALL_FLUX.to_diffusers(),
+    "qwen3": Qwen3Config(2, 12, 2, 1, 8, 20, 16, False).to_transformers(),
     "t5": T5Config(2, 12, 2, 4, 20, 16).to_transformers(),
     "clip": CLIPConfig(2, 12, 2, 20, 16, positions=9).to_transformers(),
     "flux-bfl": SMALL_FLUX.to_diffusers(),
