@@ -111,3 +111,12 @@ def test_configs_survive_the_round_trip():
         assert QwenConfig.from_transformers(config) == cfg
     with pytest.raises(ValueError, match="found 'llama'"):
         QwenConfig.from_transformers({"model_type": "llama"})
+    # As published, by transformers 4: flat.
+    flat = {k: v for k, v in QWEN2_5_VL_7B.to_transformers().items() if k != "rope_parameters"}
+    flat |= dict(model_type="qwen2_5_vl", rope_theta=1000000.0, use_sliding_window=False)
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    assert QwenConfig.from_transformers(flat) == QWEN2_5_VL_7B
+    wrong = flat | dict(use_sliding_window=True, hidden_act="gelu")
+    wrong["rope_scaling"] = {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}
+    with pytest.raises(ValueError, match=r"type 'yarn', use_sliding_window, activation 'gelu'"):
+        QwenConfig.from_transformers(wrong)

@@ -46,7 +46,8 @@ class QwenConfig:
         """Reads `config.json` of a Qwen2.5-VL folder, of transformers 4 (flat) or 5 (nested).
 
         Raises:
-          ValueError: another model type, or a missing key.
+          ValueError: another model type, a missing key, or what this decoder does not do: sliding
+            windows, scaled rotary positions, another activation.
         """
         if config.get("model_type") != "qwen2_5_vl":
             raise ValueError(
@@ -54,6 +55,15 @@ class QwenConfig:
             )
         text = {**config, **config.get("text_config", {})}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        wrong = [f"rotary positions of type {kind!r}"] if kind not in ("default", "mrope") else []
+        wrong += ["use_sliding_window"] if text.get("use_sliding_window") else []
+        if text.get("hidden_act", "silu") != "silu":
+            wrong.append(f"activation {text['hidden_act']!r}")
+        if wrong:
+            raise ValueError(
+                f"not supported in a Qwen2.5-VL config: {', '.join(wrong)}"
+            )
         try:
             return cls(
                 layers=text["num_hidden_layers"],
