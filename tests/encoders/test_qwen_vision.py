@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import math
 from pathlib import Path
 
 import jax
@@ -34,6 +35,7 @@ from x2jax.encoders.qwen2_5_vl import (
     video_patches,
 )
 from x2jax.encoders.qwen2_5_vl.preprocess import patch_positions, segments, smart_resize
+from x2jax.encoders.qwen2_5_vl.segments import chunked, windowed
 from x2jax.sharding import make_mesh, param_shardings
 from x2jax.trees import prefixed, state_params
 
@@ -189,6 +191,26 @@ def test_every_hidden_state_and_the_logits_equal_transformers(case, reference, o
     )
 
 
+def test_attention_in_pieces_equals_attention_with_a_mask():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 2, 53, 2, 8)).astype(np.float32)
+    # Ragged windows of at most 8, then padding that is longer than a window.
+    lengths = [[8, 3, 8, 8, 1, 5, 8], [2, 8, 8, 8, 8, 8, 7]]
+    numbers = [np.repeat(np.arange(1, 8), x) for x in lengths]
+    windows = np.stack([np.pad(x, (0, 53 - len(x))) for x in numbers])
+    frames = np.where(windows, (windows + 2) // 3, 0)
+    for ids, pieces in (
+        (windows, lambda: windowed(q, k, v, windows, 8)),
+        (frames, lambda: chunked(q, k, v, frames, 16)),
+        (frames, lambda: chunked(q, k, v, frames, 64)),
+    ):
+        mask = ids[:, None, :, None] == ids[:, None, None, :]
+        whole = np.asarray(jax.nn.dot_product_attention(q, k, v, mask=mask))
+        mine = np.asarray(pieces())
+        assert mine.shape == whole.shape and np.isfinite(mine).all()
+        np.testing.assert_allclose(mine[ids > 0], whole[ids > 0], atol=1e-6)
+
+
 def test_text_alone_is_as_without_the_tower(ours):
     plain = Qwen2_5_VL(TEXT, **F32, rngs=nnx.Rngs(3))
     seeing = Qwen2_5_VL(TEXT, VISION, **F32, rngs=nnx.Rngs(3))
@@ -304,7 +326,7 @@ def of_video_processor(name):
     folder = Path(inspect.getfile(transformers)).parent / "models" / "qwen2_vl"
     tree = ast.parse((folder / "video_processing_qwen2_vl.py").read_text())
     found = next(x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x.name == name)
-    scope = {"torch": torch}
+    scope = {"torch": torch, "math": math, "VideoMetadata": None}  # the last for an annotation
     exec(compile(ast.Module([found], []), name, "exec"), scope)
     return scope[name]
 

@@ -19,7 +19,8 @@ from x2jax.encoders.qwen2_5_vl.vision_config import VisionConfig
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 IMAGE_PIXELS = (56 * 56, 28 * 28 * 1280)
-"""Fewest and most pixels of an image, as transformers has them."""
+"""Fewest and most pixels of an image, as transformers has them by default. (Published
+folders allow 12,845,056.)"""
 VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)
 """Fewest and most pixels of a frame of a video, as transformers has them."""
 MAX_ASPECT = 200

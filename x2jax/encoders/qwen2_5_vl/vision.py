@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from x2jax.encoders.layers import MLP, RMSNorm, rotate_half
+from x2jax.encoders.qwen2_5_vl import segments
 from x2jax.encoders.qwen2_5_vl.vision_config import VisionConfig
 from x2jax.flux.model import stack
 
@@ -36,7 +37,7 @@ class VisionInputs(NamedTuple):
 
 
 class VisionAttention(nnx.Module):
-    """Attention within segments."""
+    """Attention with rotary positions."""
 
     def __init__(self, cfg: VisionConfig, *, dtype, param_dtype, rngs):
         self.head_dim = cfg.head_dim
@@ -46,16 +47,15 @@ class VisionAttention(nnx.Module):
         self.v = nnx.Linear(cfg.width, cfg.width, **kw)
         self.proj = nnx.Linear(cfg.width, cfg.width, **kw)
 
-    def __call__(self, x_BPD, cos, sin, mask_B1PP):
+    def __call__(self, x_BPD, cos, sin, attend):
+        """`attend` is the attention of q, k and v (B, P, H, K)."""
+
         def heads(y):
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
         q = rotate_half(heads(self.q(x_BPD)), cos, sin)
         k = rotate_half(heads(self.k(x_BPD)), cos, sin)
-        v = heads(self.v(x_BPD))
-        # The XLA path keeps logits and softmax in float32; it holds B x H x P x P of them.
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask_B1PP, implementation="xla")
-        return self.proj(out.reshape(x_BPD.shape))
+        return self.proj(attend(q, k, heads(self.v(x_BPD))).reshape(x_BPD.shape))
 
 
 class VisionBlock(nnx.Module):
@@ -68,8 +68,8 @@ class VisionBlock(nnx.Module):
         self.norm2 = RMSNorm(cfg.width, cfg.rms_eps, param_dtype=param_dtype)
         self.mlp = MLP(cfg.width, cfg.mlp_width, use_bias=True, **kw)
 
-    def __call__(self, x, cos, sin, mask):
-        x = x + self.attn(self.norm1(x), cos, sin, mask)
+    def __call__(self, x, cos, sin, attend):
+        x = x + self.attn(self.norm1(x), cos, sin, attend)
         return x + self.mlp(self.norm2(x))
 
 
@@ -104,12 +104,20 @@ class VisionTower(nnx.Module):
         cos, sin = self._rotary(inputs.positions_BP2)
         full_L = jnp.asarray(np.isin(np.arange(self.cfg.layers), self.cfg.full_blocks))
 
+        # Padding is a segment of its own, so no softmax row is empty.
+        def in_frames(q, k, v):
+            return segments.chunked(q, k, v, inputs.frames_BP)
+
+        def in_windows(q, k, v):
+            return segments.windowed(q, k, v, inputs.windows_BP, self.cfg.window_patches)
+
         def body(x, layer):
             block, full = layer
-            segments = jnp.where(full, inputs.frames_BP, inputs.windows_BP)
-            # Padding is a segment of its own, so no softmax row is empty.
-            mask = segments[:, None, :, None] == segments[:, None, None, :]
-            return block(x, cos, sin, mask), None
+
+            def attend(q, k, v):
+                return jax.lax.cond(full, in_frames, in_windows, q, k, v)
+
+            return block(x, cos, sin, attend), None
 
         x_BPD = self.patch_embed(inputs.patches_BPC.astype(self.dtype))
         x_BPD, _ = jax.lax.scan(body, x_BPD, (self.blocks, full_L))

@@ -66,6 +66,11 @@ class VisionConfig:
         """Tokens a side of a window."""
         return self.window // self.factor
 
+    @property
+    def window_patches(self) -> int:
+        """Patches of a whole window."""
+        return (self.window_tokens * self.merge) ** 2
+
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """Tokens of an image or video of `grid` = (frames, rows, columns) patches."""
         t, h, w = grid
