@@ -61,9 +61,7 @@ class QwenConfig:
         if text.get("hidden_act", "silu") != "silu":
             wrong.append(f"activation {text['hidden_act']!r}")
         if wrong:
-            raise ValueError(
-                f"not supported in a Qwen2.5-VL config: {', '.join(wrong)}"
-            )
+            raise ValueError(f"not supported in a Qwen2.5-VL config: {', '.join(wrong)}")
         try:
             return cls(
                 layers=text["num_hidden_layers"],
