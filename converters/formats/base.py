@@ -1,6 +1,7 @@
 """What a format is: the files it consists of, and how each is read and written."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ class Format:
 
     def __post_init__(self):
         object.__setattr__(self, "kind", self.kind or self.name)
+        object.__setattr__(self, "read", _with_reason(self.read, self.name))
+        object.__setattr__(self, "parts", _with_reason(self.parts, self.name))
 
     def locate(self, path: Path, part: Part) -> Path:
         """The file of a part: itself, its safetensors twin, or the folder to search.
@@ -90,6 +93,24 @@ class Format:
                 f"{path} lacks {part.file} (or {twin(part.file)}); it holds {names}"
             )
         return found
+
+
+def _with_reason(function: Callable, name: str) -> Callable:
+    """The function; what a config of other types and sizes makes it raise becomes a reason."""
+
+    @functools.wraps(function)
+    def call(argument: Any) -> Any:
+        try:
+            return function(argument)
+        except (OSError, ValueError, ImportError):
+            raise
+        except Exception as e:
+            reason = f"{type(e).__name__}: {ascii(str(e).split(chr(10))[0])[:200]}"
+            raise WeightsError(
+                name, [f"the config or shapes are not those of such a model ({reason})"]
+            ) from None
+
+    return call
 
 
 def twin(file: str) -> str:
