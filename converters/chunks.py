@@ -1,6 +1,7 @@
 """Arrays as the bytes of a file, a few megabytes at a time."""
 
 import functools
+import mmap
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 CHUNK = 16 << 20
 """Bytes of a chunk, about."""
+_LARGE = 1 << 20
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
@@ -27,11 +29,26 @@ def chunks(
             if piece.ndim == 0:
                 yield contiguous(piece, dtype).reshape(1)
                 continue
+            _touch(piece)
             for rows in _rows([piece], dtype, size):
                 yield contiguous(piece[rows], dtype)
         return
+    for piece in pieces:
+        _touch(piece)
     for rows in _rows(pieces, dtype, size):
         yield np.concatenate([contiguous(p[rows], dtype) for p in pieces], axis)
+
+
+def _touch(x: np.ndarray) -> None:
+    """Reads a value of each page of a transposed matrix, in the order of its file.
+
+    Its rows are columns of the file: read so, a mapped file that is not in memory yet would come
+    from the disk a page at a time.
+    """
+    kind = _UNSIGNED.get(x.dtype.itemsize)
+    if kind is not None and not x.flags.c_contiguous and x.nbytes >= _LARGE:
+        order = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
+        x.view(kind).transpose(order)[..., :: mmap.PAGESIZE // x.dtype.itemsize].max()
 
 
 def _rows(pieces: Sequence[np.ndarray], dtype: np.dtype, size: int) -> Iterator[slice]:

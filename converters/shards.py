@@ -19,8 +19,6 @@ from converters.safetensors_header import Spec
 
 LARGE = 256 << 20
 """Bytes above which progress is shown."""
-FLUSH = 128 << 20
-"""Bytes after which the disk is told to write: the rest is converted meanwhile."""
 
 
 class Shards:
@@ -153,15 +151,14 @@ class _Sink:
     """Writes and hashes in threads of their own, while the next chunk is being made."""
 
     def __init__(self, file: Any):
-        self._file, self._digest = file, hashlib.sha256()
+        self._digest = hashlib.sha256()
         self._error: BaseException | None = None
         self._queues = [queue.Queue(2), queue.Queue(2)]
-        works = (self._write, self._digest.update)
+        works = (file.write, self._digest.update)
         self._threads = [
             threading.Thread(target=self._run, args=args, daemon=True)
             for args in zip(self._queues, works, strict=True)
         ]
-        self._unflushed = 0
         for thread in self._threads:
             thread.start()
 
@@ -188,11 +185,3 @@ class _Sink:
                     work(data)
                 except BaseException as e:
                     self._error = e
-
-    def _write(self, data: memoryview) -> None:
-        self._file.write(data)
-        self._unflushed += data.nbytes
-        if self._unflushed >= FLUSH:
-            self._file.flush()
-            os.fdatasync(self._file.fileno())
-            self._unflushed = 0
