@@ -9,25 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from x2jax.children import Precision, configs_of, find_sources, load_child
-from x2jax.encoders.tokenize import TextTokenizer
-from x2jax.model import make_skeleton
-from x2jax.sharding import make_mesh, param_shardings
+from x2jax.encoders.t5_clip import T5ClipTokenizer
 from x2jax.sources import TINY
-from x2jax.tiny import base, vae
+from x2jax.tiny import base, captioned, draw, vae
 
 
 @functools.cache
 def family():
-    """(skeleton, all weights in float32, tokenizer)."""
-    tiny = dict.fromkeys(("flux", "mllm", "alignnet"), "tiny")
-    found = find_sources(tiny, ("flux", "vae", "mllm", "alignnet"))
-    skeleton = make_skeleton(configs_of(found), Precision("float32", "float32"))
-    by_path = param_shardings(skeleton.abstract, make_mesh({"fsdp": 1}, jax.devices()[:1]))
-    params = {}
-    for name in found:
-        params |= load_child(skeleton, found, name, by_path)
-    return skeleton, params, TextTokenizer(TINY / "qwen", base.TEXT)
+    """(skeleton, frozen weights, weights that `base` trains), float32."""
+    return base.open_family(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +26,8 @@ def pictures():
 
 
 def test_the_autoencoder_reconstructs_unseen_pictures(pictures):
-    skeleton, params, _ = family()
+    skeleton, frozen, trained = family()
+    params = frozen | trained
 
     @jax.jit
     def reconstruct(params, x):
@@ -54,7 +45,8 @@ def test_the_autoencoder_reconstructs_unseen_pictures(pictures):
 
 
 def test_diffusers_reads_the_folders_and_agrees(pictures):
-    skeleton, params, _ = family()
+    skeleton, frozen, trained = family()
+    params = frozen | trained
     model = skeleton.merge(params)
     reference = diffusers.AutoencoderKL.from_pretrained(
         TINY / "flux" / "vae", torch_dtype=torch.float32
@@ -71,25 +63,47 @@ def test_diffusers_reads_the_folders_and_agrees(pictures):
     assert sum(x.size for x in ours.values()) == sum(p.numel() for p in flux.parameters())
 
 
+def test_the_whole_folder_is_a_flux_pipeline_that_draws_the_same():
+    """diffusers' FluxPipeline against ours: tokenizers, T5, CLIP, FLUX, sampler, VAE; pixels."""
+    skeleton, frozen, trained = family()
+    pipeline = diffusers.FluxPipeline.from_pretrained(TINY / "flux", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["A small red star at the top on snow.", "右上角有一个大的粉色光亮星星，背景是星空。"]
+    noise = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+    theirs = pipeline(
+        prompts,
+        height=captioned.EDGE,
+        width=captioned.EDGE,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        latents=torch.tensor(noise),
+        max_sequence_length=captioned.TEXT,
+        output_type="pt",
+    ).images.numpy()
+
+    @jax.jit
+    def ours(weights, noise, text):
+        model = skeleton.merge(weights)
+        return draw.pictures(model, model.condition(text), noise, steps=3, guidance=3.0)
+
+    text = T5ClipTokenizer(TINY / "flux", captioned.TEXT)(prompts)
+    made = ours(frozen | trained, noise, text)
+    mine = (np.clip(made, -1, 1) + 1).transpose(0, 3, 1, 2) / 2
+    np.testing.assert_allclose(mine, theirs, atol=2e-3)
+
+
 def test_the_base_draws_what_the_text_says():
     """Flow loss on captions of unseen scenes, against the same pictures under others' captions."""
-    skeleton, params, tokenize = family()
-    trained = {p: x for p, x in params.items() if p.startswith(("flux/", "alignnet/"))}
-    frozen = {p: x for p, x in params.items() if p not in trained}
-    pixels, ids, masks = base.examples(321, 128, tokenize)
-    mean, logvar = base.moments(skeleton, frozen, trained, pixels)
-    loss = jax.jit(base.make_loss(skeleton))
-
-    def at(ids, masks):
-        batch = (mean, logvar, ids, masks)
-        return np.mean([float(loss(trained, frozen, batch, jax.random.key(k))) for k in range(2)])
-
-    losses = {
-        "own captions": at(ids[:, 0], masks[:, 0]),
-        "in Chinese": at(ids[:, 1], masks[:, 1]),
-        "others' captions": at(np.roll(ids[:, 0], 1, 0), np.roll(masks[:, 0], 1, 0)),
-    }
+    skeleton, frozen, trained = family()
+    drawn = captioned.scenes(321, 128, captioned.Tokenizers(TINY))
+    held = captioned.encoded(skeleton, frozen | trained, *drawn[:2])
+    losses = base.evaluator(skeleton, frozen, held)(trained)
     print("held-out flow loss: " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
-    assert losses["own captions"] < 0.5, "an untrained model is at 2"
-    assert losses["in Chinese"] < 0.5
-    assert losses["others' captions"] > 1.02 * losses["own captions"]
+    for how in ("t5", "alignnet"):
+        own = [losses[f"{how} {language}"] for language in captioned.LANGUAGES]
+        assert max(own) < 0.4, "an untrained model is at 2"
+        assert losses[f"{how}, others' captions"] > 1.02 * max(own)
+
+
+def test_the_weights_are_small_enough_to_ship():
+    assert sum(p.stat().st_size for p in TINY.rglob("*") if p.is_file()) < 12e6

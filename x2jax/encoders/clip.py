@@ -84,6 +84,8 @@ class CLIPConfig:
             "layer_norm_eps": self.norm_eps,
             "hidden_act": "quick_gelu",
             "projection_dim": self.width,
+            "bos_token_id": 0,  # as published; nothing reads the two
+            "pad_token_id": 1,
         }
 
 

@@ -1,11 +1,17 @@
-"""Trains the tiny FLUX with its AlignNet: `python -m x2jax.tiny.base --family DIR [--steps N]`.
+"""Trains the tiny FLUX with all that conditions it: `python -m x2jax.tiny.base --family DIR`.
 
-Text to image on captioned scenes: rectified flow from scratch, everything in FLUX and AlignNet
-trains, the autoencoder and the language model stay as `--family` has them. It never sees a source
-image; that is what the adapters learn. The recipe for real bases is a later issue.
+Text to image on captioned scenes: rectified flow; FLUX, T5, CLIP and AlignNet train together, the
+autoencoder and the language model stay as `--family` has them. One half of a batch is conditioned
+by T5 and CLIP, the other by AlignNet, so one FLUX understands both. It never sees a source image;
+that is what the adapters learn.
+
+Training goes on from the weights in DIR; `--fresh` begins anew. `x2jax.tiny.draw` shows what it
+learnt. The recipe for real bases is a later issue.
 """
 
 import argparse
+import math
+import time
 from pathlib import Path
 
 import jax
@@ -15,151 +21,231 @@ import optax
 from tqdm import tqdm
 
 from x2jax import flow
-from x2jax.children import Precision, configs_of, find_sources, load_child
-from x2jax.encoders.tokenize import TextInputs, TextTokenizer
-from x2jax.flux import TARGET, ImageStream
+from x2jax.alignnet import Condition
+from x2jax.children import MLLMConfig, Precision, find_sources, load_child
+from x2jax.encoders.clip import CLIP_TINY
+from x2jax.encoders.qwen2_5_vl import QWEN_TINY
+from x2jax.encoders.t5 import T5_TINY
+from x2jax.encoders.vae import VAEConfig
+from x2jax.flux import FLUX_TINY, TARGET, ImageStream
 from x2jax.flux.latents import patchify
 from x2jax.model import Model, make_skeleton
 from x2jax.sharding import make_mesh, param_shardings
-from x2jax.tiny import captions, family, world
-from x2jax.trees import Params, child, matches
+from x2jax.sources import read_config
+from x2jax.tiny import family
+from x2jax.tiny.captioned import EDGE, LANGUAGES, Examples, Texts, Tokenizers, encoded, scenes
+from x2jax.trees import Params, Skeleton, child, matches, prefixed
 
-TRAINS = (r"flux/.*", r"alignnet/.*")
+TRAINS = {
+    "flux": "flux/transformer",
+    "alignnet": "alignnet",
+    "t5": "flux/text_encoder_2",
+    "clip": "flux/text_encoder",
+}
+"""Child -> its folder in the family."""
+FROZEN = ("vae", "mllm")
 ZERO = (r"flux/.*/lin/kernel", r"flux/final_layer/.*/kernel")
 """Zero at the start, as in DiT: every block begins as the identity."""
-EDGE, TEXT = 64, 64
+SCALES = (
+    (r"t5/shared/embedding", lambda shape: 1.0),
+    (r"t5/position_bias/embedding", lambda shape: shape[0] ** -0.5),
+    (r"t5/blocks/attn/q/kernel", lambda shape: (shape[-2] * T5_TINY.head_dim) ** -0.5),
+    (r"clip/\w+_embedding/embedding", lambda shape: 0.3),
+    (r"alignnet/conv/kernel", lambda shape: float(np.prod(shape[-4:-1])) ** -0.5),
+    (r".*", lambda shape: shape[-2] ** -0.5),
+)
+"""Standard deviations at the start by path; the last is one over the root of the fan-in."""
+NOISY = -1.0
+"""Mean of the logit-normal u in training: the text matters where there is mostly noise."""
 
 
-def open_family(root: Path, seed: int):
-    """(skeleton, frozen weights, fresh trainable weights, tokenizer)."""
-    family.write_untrained(root, seed)  # the files say what sizes the models have
-    names = dict(flux=root / "flux", mllm=root / "qwen", alignnet=root / "alignnet")
-    options = {k: str(v) for k, v in names.items()}
-    found = find_sources(options, ("flux", "vae", "mllm", "alignnet"))
-    skeleton = make_skeleton(configs_of(found), Precision("float32", "float32"))
+def open_family(root: Path, seed: int = 0, fresh: bool = False):
+    """(skeleton, frozen weights, trainable weights). What has no folder yet is initialised.
+
+    Raises:
+      FileNotFoundError: the autoencoder or the language model is missing.
+    """
+    configs = {
+        "flux": FLUX_TINY,
+        "vae": VAEConfig.from_diffusers(read_config(root / "flux" / "vae")),
+        "mllm": MLLMConfig(QWEN_TINY),
+        "alignnet": family.ALIGNNET_TINY,
+        "t5": T5_TINY,
+        "clip": CLIP_TINY,
+    }
+    skeleton = make_skeleton(configs, Precision("float32", "float32"))
     by_path = param_shardings(skeleton.abstract, make_mesh({"fsdp": 1}, jax.devices()[:1]))
+    options = {"flux": str(root / "flux"), "mllm": str(root / "qwen")}
+    options["alignnet"] = str(root / "alignnet")
     frozen: Params = {}
-    for name in ("vae", "mllm"):
-        frozen |= load_child(skeleton, found, name, by_path)
     params: Params = {}
-    shapes = {p: x for p, x in skeleton.abstract.items() if matches(p, TRAINS)}
-    for key, (path, x) in zip(
-        jax.random.split(jax.random.key(seed), len(shapes)), shapes.items(), strict=True
-    ):
+    for k, name in enumerate(configs):
+        if name in TRAINS and (fresh or not (root / TRAINS[name]).is_dir()):
+            abstract = prefixed(child(skeleton.abstract, name), name)
+            params |= initial(abstract, jax.random.fold_in(jax.random.key(seed), k))
+            continue
+        found = find_sources(options, [name])
+        (frozen if name in FROZEN else params).update(load_child(skeleton, found, name, by_path))
+    return skeleton, frozen, params
+
+
+def initial(abstract: Params, key) -> Params:
+    """Fresh weights by path."""
+    params: Params = {}
+    keys = jax.random.split(key, len(abstract))
+    for key, (path, x) in zip(keys, abstract.items(), strict=True):
         if path.endswith("scale"):
             params[path] = jnp.ones(x.shape)
         elif path.endswith("bias") or matches(path, ZERO):
             params[path] = jnp.zeros(x.shape)
         else:
-            fan_in = np.prod(x.shape[-4:-1]) if "conv" in path else x.shape[-2]
-            params[path] = jax.random.normal(key, x.shape) / np.sqrt(fan_in)
-    # Text features of unit scale, as T5's are near.
-    return skeleton, frozen, params, TextTokenizer(root / "qwen", TEXT)
+            scale = next(f for rule, f in SCALES if matches(path, [rule]))(x.shape)
+            params[path] = scale * jax.random.normal(key, x.shape)
+    return params
 
 
-def examples(seed: int, count: int, tokenize: TextTokenizer):
-    """Pictures and the token ids of two captions each, English and Chinese."""
-    rng = np.random.default_rng(seed)
-    scenes = [world.sample_scene(rng) for _ in range(count)]
-    pixels = np.stack([world.render(s, (EDGE, EDGE)) for s in scenes])
-    texts = [tokenize([captions.caption(s, rng, lang) for s in scenes]) for lang in ("en", "zh")]
-    return pixels, np.stack([t[0] for t in texts], 1), np.stack([t[1] for t in texts], 1)
-
-
-def moments(skeleton, frozen, params, pixels) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior moments of all pictures, once."""
-
-    @jax.jit
-    def encode(frozen, x):
-        model: Model = skeleton.merge(frozen, params)
-        return model.vae.encode(x.astype(jnp.float32) / 127.5 - 1)
-
-    parts = [encode(frozen, pixels[k : k + 64]) for k in range(0, len(pixels), 64)]
-    mean, logvar = zip(*parts, strict=True)
-    return np.concatenate(mean), np.concatenate(logvar)
-
-
-def make_loss(skeleton):
-    """Flow loss of text to image, with random guidance so that its embedder says nothing."""
+def stream_of(tokens_BIC) -> ImageStream:
+    """Target tokens of square pictures of `EDGE` pixels."""
     rows = EDGE // (2 * 4)
     grid = np.stack(np.meshgrid(np.arange(rows), np.arange(rows), indexing="ij"), -1).reshape(-1, 2)
-    positions = np.concatenate([np.zeros((len(grid), 1), int), grid], axis=1)
+    grid = np.concatenate([np.zeros((len(grid), 1), int), grid], axis=1).astype(np.int32)
+    shape = tokens_BIC.shape[:2]
+    return ImageStream(
+        tokens_BIC, jnp.full(shape, TARGET), jnp.broadcast_to(jnp.asarray(grid), (*shape, 3))
+    )
 
-    def loss(params, frozen, batch, key):
-        mean, logvar, ids, mask = batch
+
+def condition(model: Model, texts: Texts, how: str) -> Condition:
+    """By "t5", by "alignnet", or "both": the first half of the rows by T5, the rest by AlignNet."""
+    if how != "both":
+        return model.condition(getattr(texts, how))
+    half = len(texts.t5.t5_ids_BT) // 2
+    first = model.condition(jax.tree.map(lambda x: x[:half], texts.t5))
+    rest = model.condition(jax.tree.map(lambda x: x[half:], texts.alignnet))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), first, rest)
+
+
+def make_loss(skeleton: Skeleton, how: str, mean: float = 0.0):
+    """Flow loss of text to image, with random guidance so that its embedder says nothing.
+
+    Args:
+      mean: of the logit-normal u; below 0 more noise than signal, where only the text says what
+        there is to see.
+    """
+
+    def loss(params, frozen, batch: Examples, key):
         model: Model = skeleton.merge(params, frozen)
         latent_key, u_key, noise_key, guidance_key = jax.random.split(key, 4)
-        z = model.vae.normalise(model.vae.sample(mean, logvar, latent_key))
+        z = model.vae.normalise(model.vae.sample(batch.mean, batch.logvar, latent_key))
         x0 = patchify(z).reshape(len(z), -1, 64)
         noise = jax.random.normal(noise_key, x0.shape)
-        u = flow.sample_u(u_key, (len(z),), "logit_normal")
+        u = flow.sample_u(u_key, (len(z),), "logit_normal", mean=mean)
         sigma = flow.sigma_from_u(u)
-        count = x0.shape[1]
-        stream = ImageStream(
-            flow.noised(x0, noise, sigma),
-            jnp.full((len(z), count), TARGET),
-            jnp.broadcast_to(positions, (len(z), count, 3)),
-        )
-        txt, pooled = model.condition(TextInputs(ids, mask))
+        txt, pooled = condition(model, batch.texts, how)
         guidance = jax.random.uniform(guidance_key, sigma.shape, minval=1.0, maxval=5.0)
+        stream = stream_of(flow.noised(x0, noise, sigma))
         velocity = model.flux(stream, txt, pooled, sigma, guidance).velocity_BIC
         return jnp.square(velocity - (noise - x0)).mean()
 
     return loss
 
 
-def train(root: Path, steps: int, batch: int, pictures: int, rate: float, seed: int = 0):
-    """Returns the averaged weights by path and the held-out loss."""
-    skeleton, frozen, params, tokenize = open_family(root, seed)
-    pixels, ids, masks = examples(seed, pictures, tokenize)
-    data = (*moments(skeleton, frozen, params, pixels), ids, masks)
-    pixels, ids, masks = examples(seed + 1, 256, tokenize)
-    held = (*moments(skeleton, frozen, params, pixels), ids[:, 0], masks[:, 0])
-    rates = optax.warmup_cosine_decay_schedule(0, rate, min(200, steps // 10), steps, rate / 50)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rates, weight_decay=1e-3))
-    loss = make_loss(skeleton)
+def evaluator(skeleton: Skeleton, frozen: Params, held: Examples):
+    """Function: weights -> held-out losses by conditioning and language."""
+    losses = {how: jax.jit(make_loss(skeleton, how)) for how in Texts._fields}
+
+    def evaluate(params: Params) -> dict[str, float]:
+        found = {}
+        for how, loss in losses.items():
+            for language, name in enumerate(LANGUAGES):
+                rows = held.rows(slice(None), language)
+                found[f"{how} {name}"] = float(loss(params, frozen, rows, jax.random.key(0)))
+            others = rows._replace(texts=jax.tree.map(lambda x: np.roll(x, 1, 0), rows.texts))
+            found[f"{how}, others' captions"] = float(
+                loss(params, frozen, others, jax.random.key(0))
+            )
+        return found
+
+    return evaluate
+
+
+def train(root: Path, args: argparse.Namespace, seed: int = 0) -> None:
+    """Trains, and writes the averaged weights every 500 steps and at the end."""
+    skeleton, frozen, params = open_family(root, seed, args.fresh)
+    tokenize = Tokenizers(root)
+
+    def prepare(seed: int, count: int) -> Examples:
+        return encoded(skeleton, frozen | params, *scenes(seed, count, tokenize)[:2])
+
+    data, held = prepare(seed + 10, args.pictures), prepare(seed + 1, 256)
+    # The rate follows the share of the run that is over, by steps or by the clock.
+    rate = optax.warmup_cosine_decay_schedule(0, args.rate, 0.05, 1.0, args.rate / 50)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, weight_decay=1e-3))
+    loss, evaluate = make_loss(skeleton, "both", NOISY), evaluator(skeleton, frozen, held)
 
     @jax.jit
-    def step(params, ema, opt, frozen, batch, key):
+    def step(params, ema, opt, frozen, batch, key, share):
         value, grads = jax.value_and_grad(loss)(params, frozen, batch, key)
         updates, opt = tx.update(grads, opt, params)
+        updates = {
+            p: rate(share) * (1 if p.startswith("flux/") else 2) * u for p, u in updates.items()
+        }
         params = optax.apply_updates(params, updates)
         return params, optax.incremental_update(params, ema, 0.003), opt, value
 
-    opt, ema, rng = tx.init(params), params, np.random.default_rng(seed)
-    bar, mean = tqdm(range(steps), mininterval=10), 1.0
+    def report(k: int, params: Params, begun: float) -> None:
+        found = ", ".join(f"{name} {value:.4f}" for name, value in evaluate(params).items())
+        minutes = (time.monotonic() - begun) / 60
+        print(f"step {k}, {minutes:.1f} min, held-out flow loss: {found}", flush=True)
+
+    opt, ema, rng, begun = tx.init(params), params, np.random.default_rng(seed), time.monotonic()
+    report(0, ema, begun)
+    bar, mean, k = tqdm(range(args.steps), mininterval=10), 1.0, 0
     for k in bar:
-        rows, which = rng.integers(0, len(data[0]), batch), rng.integers(0, 2, batch)
-        mini = (data[0][rows], data[1][rows], data[2][rows, which], data[3][rows, which])
+        share = max(k / args.steps, (time.monotonic() - begun) / (60 * args.minutes))
+        if share >= 1:
+            break
+        rows = rng.integers(0, len(data.mean), args.batch)
+        mini = data.rows(rows, rng.integers(0, len(LANGUAGES), args.batch))
         key = jax.random.fold_in(jax.random.key(seed), k)
-        params, ema, opt, value = step(params, ema, opt, frozen, mini, key)
+        params, ema, opt, value = step(params, ema, opt, frozen, mini, key, share)
         if k % 20 == 0:
             mean += 0.1 * (float(value) - mean)
             bar.set_postfix(loss=f"{mean:.4f}")
         if k and k % 500 == 0:
             write(ema, root)
-    return ema, float(jax.jit(loss)(ema, frozen, held, jax.random.key(0)))
+            report(k, ema, begun)
+    write(ema, root)
+    report(k, ema, begun)
 
 
 def write(params: Params, root: Path) -> None:
     """Saves the trained children in their public layouts, bfloat16."""
-    family.write_flux(child(params, "flux"), root, "bfloat16")
-    family.write_alignnet(child(params, "alignnet"), root, "bfloat16")
+    for name in TRAINS:
+        getattr(family, f"write_{name}")(child(params, name), root, "bfloat16")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--family", type=Path, required=True, help="folder with flux/vae/ and qwen/"
+        "--family", type=Path, required=True, help="folder with flux/vae, the tokenizers and qwen/"
     )
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--pictures", type=int, default=16384)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop then at the latest")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--pictures", type=int, default=12288)
+    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever DIR has")
+    parser.add_argument("--measure", action="store_true", help="only print the held-out losses")
     args = parser.parse_args()
-    params, held_out = train(args.family, args.steps, args.batch, args.pictures, args.rate)
-    write(params, args.family)
-    print(f"held-out flow loss {held_out:.4f}")
+    if args.measure:
+        skeleton, frozen, params = open_family(args.family)
+        drawn = scenes(1, 256, Tokenizers(args.family))
+        held = encoded(skeleton, frozen | params, *drawn[:2])
+        for name, value in evaluator(skeleton, frozen, held)(params).items():
+            print(f"held-out flow loss, {name}: {value:.4f}")
+    else:
+        train(args.family, args)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,65 @@
 """The tiny family in the public folder layouts, read by the code that reads FLUX.1-dev.
 
-flux/transformer, flux/vae      diffusers
-qwen                            transformers, with the tokenizer
-alignnet                        raw state dict
+flux                  diffusers: FluxPipeline.from_pretrained reads the folder
+  transformer, vae
+  text_encoder(_2)    transformers: CLIP and T5; their tokenizers beside, tokenizer(_2)
+qwen                  transformers, with the tokenizer
+alignnet              raw state dict
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
-
 from converters.alignnet import alignnet_table
+from converters.clip import clip_table
 from converters.flux_diffusers import flux_table
 from converters.qwen2_5_vl import qwen_table
 from converters.save import save
+from converters.t5 import t5_table
 from converters.vae_diffusers import vae_table
-from x2jax.alignnet import AlignNet, AlignNetConfig
+from x2jax.alignnet import AlignNetConfig
+from x2jax.encoders.clip import CLIP_TINY
 from x2jax.encoders.qwen2_5_vl import QWEN_TINY
+from x2jax.encoders.t5 import T5_TINY
 from x2jax.encoders.vae import VAEConfig
-from x2jax.flux import FLUX_TINY, Flux
-from x2jax.trees import Params, state_params
+from x2jax.flux import FLUX_TINY
+from x2jax.trees import Params
 
 ALIGNNET_TINY = AlignNetConfig(
     QWEN_TINY.states, QWEN_TINY.width, FLUX_TINY.text_width, FLUX_TINY.pooled_width
 )
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PIPELINE = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
+"""As FLUX.1-dev has them."""
 
 
 def _config(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _json(folder / "config.json", config)
+
+
+def _json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def write_flux(params: Params, root: Path, dtype: Any) -> None:
@@ -39,6 +67,23 @@ def write_flux(params: Params, root: Path, dtype: Any) -> None:
     folder = root / "flux" / "transformer"
     _config(folder, FLUX_TINY.to_diffusers())
     save(params, flux_table(FLUX_TINY), folder / WEIGHTS, dtype=dtype)
+    _json(root / "flux" / "model_index.json", PIPELINE)
+    (root / "flux" / "scheduler").mkdir(exist_ok=True)
+    _json(root / "flux" / "scheduler" / "scheduler_config.json", SCHEDULER)
+
+
+def write_t5(params: Params, root: Path, dtype: Any) -> None:
+    """Paths relative to `t5/`; `x2jax.tiny.tokenizers` saves the tokenizers."""
+    folder = root / "flux" / "text_encoder_2"
+    _config(folder, T5_TINY.to_transformers())
+    save(params, t5_table(T5_TINY), folder / "model.safetensors", dtype=dtype)
+
+
+def write_clip(params: Params, root: Path, dtype: Any) -> None:
+    """Paths relative to `clip/`."""
+    folder = root / "flux" / "text_encoder"
+    _config(folder, CLIP_TINY.to_transformers())
+    save(params, clip_table(CLIP_TINY), folder / "model.safetensors", dtype=dtype)
 
 
 def write_vae(params: Params, cfg: VAEConfig, root: Path, dtype: Any) -> None:
@@ -62,12 +107,3 @@ def write_alignnet(params: Params, root: Path, dtype: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = alignnet_table(ALIGNNET_TINY.states, ALIGNNET_TINY.mixing)
     save(params, table, folder / WEIGHTS, dtype=dtype)
-
-
-def write_untrained(root: Path, seed: int = 0) -> None:
-    """FLUX and AlignNet as initialised."""
-    f32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
-    flux = Flux(FLUX_TINY, **f32, rngs=nnx.Rngs(seed))
-    write_flux(state_params(flux), root, "bfloat16")
-    align = AlignNet(ALIGNNET_TINY, **f32, rngs=nnx.Rngs(seed))
-    write_alignnet(state_params(align), root, "bfloat16")
