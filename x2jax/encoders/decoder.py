@@ -187,7 +187,8 @@ class Decoder(nnx.Module):
         *,
         positions_BT3: Int[Array, "B T 3"] | None = None,
         vision: Any = None,
-    ) -> Float[Array, "B T D"]:
+        select_Bt: Int[Array, "B t"] | None = None,
+    ) -> Float[Array, "B t D"]:
         """A float32 sum over the states of `hidden_states` that never holds them all at once.
 
         No gradient enters this model; that of `weights_N` is exact.
@@ -195,12 +196,15 @@ class Decoder(nnx.Module):
         Args:
           add: (sum, state, weight) -> sum, as `x2jax.alignnet.add_state`.
           weights_N: a weight for each state.
+          select_Bt: places of the tokens whose states are added; None for all.
 
         Raises:
           ValueError: as `hidden_states`.
         """
-        start = jnp.zeros((*ids_BT.shape, self.cfg.width), jnp.float32)
-        return mixing.mix(self, add, weights_N, start, (ids_BT, mask_BT, positions_BT3, vision))
+        shape = ids_BT.shape if select_Bt is None else select_Bt.shape
+        start = jnp.zeros((*shape, self.cfg.width), jnp.float32)
+        inputs = (ids_BT, mask_BT, positions_BT3, vision)
+        return mixing.mix(self, add, weights_N, start, inputs, select_Bt)
 
     def enter(self, ids_BT, mask_BT, positions_BT3, vision) -> tuple[Array, Callable]:
         """The embeddings, and the function (layer, x) -> x that the scans run."""
