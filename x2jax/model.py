@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from x2jax.alignnet import Condition
 from x2jax.children import CHILDREN, Configs, Precision
+from x2jax.conditioning import MessageInputs
 from x2jax.data.batch import Batch, Moments
 from x2jax.encoders.t5_clip import T5ClipInputs
 from x2jax.encoders.tokenize import TextInputs
@@ -43,8 +44,9 @@ class Model(nnx.Module):
         """Text features and pooled vector; the type of `text` says by which encoders.
 
         Args:
-          text: `TextInputs` for the MLLM and AlignNet (no gradient enters the MLLM),
-            `T5ClipInputs` for T5 and CLIP, or a `Condition` that was computed before.
+          text: `TextInputs`, or `MessageInputs` with images and videos, for the MLLM and AlignNet
+            (no gradient enters the MLLM); `T5ClipInputs` for T5 and CLIP; or a `Condition` that was
+            computed before.
 
         Raises:
           TypeError: a type without encoders.
@@ -53,6 +55,15 @@ class Model(nnx.Module):
             return text
         if isinstance(text, TextInputs):
             return self.alignnet.condition(self.mllm, text.ids_BT, text.mask_BT)
+        if isinstance(text, MessageInputs):
+            return self.alignnet.condition(
+                self.mllm,
+                text.ids_BT,
+                text.mask_BT,
+                positions_BT3=text.positions_BT3,
+                vision=text.vision,
+                select_Bt=text.select_Bt,
+            )
         if isinstance(text, T5ClipInputs):
             return Condition(self.t5(text.t5_ids_BT), self.clip(text.clip_ids_BS).pooled_BD)
         raise TypeError(f"nothing here conditions on {type(text).__name__}")
