@@ -93,7 +93,13 @@ class Model(nnx.Module):
         return Moments(*(jnp.moveaxis(x, 0, 1) for x in jax.lax.map(slot, items)))
 
     def decode(self, stream: ImageStream, batch: Batch) -> Float[Array, "B Hc Wc 3"]:
-        """Target tokens to pixels in [-1, 1] on the canvas."""
+        """Target tokens to pixels in [-1, 1] on the canvas.
+
+        Raises:
+          ValueError: a batch of moments, which has no canvas of pixels.
+        """
+        if batch.pixels is None:
+            raise ValueError("this batch holds moments: pixels are decoded where pixels came in")
         factor = self.vae.cfg.factor
         height, width = (n // (2 * factor) for n in batch.pixels.shape[2:4])
         grids = batch.sizes[:, 0] // (2 * factor)

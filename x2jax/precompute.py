@@ -156,8 +156,10 @@ class Work:
         sizes = np.stack([s.sizes for s in full])
         pixels = np.stack([s.pixels for s in full])
         none: Any = None
-        images = self.encoders.moments(Batch(pixels, sizes, text=none, task=none, sample_id=none))
-        texts = {
+        images: Any = self.encoders.moments(
+            Batch(pixels, sizes, text=none, task=none, sample_id=none)
+        )
+        texts: dict[str, Any] = {
             asked: self.encoders.condition(self.tokenize([s.texts[asked][1] for s in full]))
             for asked in full[0].texts
         }

@@ -99,8 +99,9 @@ class SelfAttention(nnx.Module):
         k = rotate_half(heads(self.k_proj(x_BTD), self.k_norm), cos, sin)
         v = heads(self.v_proj(x_BTD))
         if cache is not None:
-            cache = cache.write(*slot, k, v)
-            k, v = cache.keys_NBSHK[slot[0]], cache.values_NBSHK[slot[0]]
+            written: Cache = cache.write(*slot, k, v)
+            k, v = written.keys_NBSHK[slot[0]], written.values_NBSHK[slot[0]]
+            cache = written
         out = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, implementation="xla")
         return self.o_proj(out.reshape(*x_BTD.shape[:2], -1)), cache
 
@@ -251,7 +252,7 @@ class Decoder(nnx.Module):
         layers = (self.layers, jnp.arange(self.cfg.layers))
         (last, cache), states = jax.lax.scan(body, (x_BTD, cache), layers)
         last = self.norm(last)
-        if keep_states:
+        if states is not None:
             states = jnp.concatenate([x_BTD[None], states[:-1], last[None]])
         return Pass(last, states, cache)
 
