@@ -9,7 +9,7 @@ from flax import nnx
 
 from converters.alignnet import alignnet_table, sizes
 from tests import parity
-from x2jax.alignnet import AlignNet, AlignNetConfig
+from x2jax.alignnet import RELEASED, AlignNet, AlignNetConfig
 from x2jax.encoders.qwen2_5_vl import Qwen2_5_VL, QwenConfig
 
 QWEN = QwenConfig(3, 32, 4, 2, 48, 40, False, (1, 1, 2))
@@ -71,11 +71,17 @@ def test_equals_the_transcription(mixing):
 
 
 @pytest.mark.parametrize(
-    ("states", "width", "millions"), [(29, 3584, 34.61), (37, 2048, 28.32), (25, 896, 23.6)]
+    ("name", "millions"),
+    [
+        ("qwen2.5-vl-7b", 34.61),
+        ("qwen2.5-vl-3b", 28.32),
+        ("internvl2.5-4b", 28.32),
+        ("internvl2.5-1b", 23.6),
+        ("minicpm-o-2.6", 34.61),
+    ],
 )
-def test_published_sizes(states, width, millions):
-    mixing = "scale" if states == 25 else "conv"
-    cfg = AlignNetConfig(states, width, mixing=mixing)
+def test_released_sizes(name, millions):
+    cfg = RELEASED[name]
     state = nnx.state(nnx.eval_shape(lambda: AlignNet(cfg, **F32, rngs=nnx.Rngs(0))))
     assert sum(x.size for x in jax.tree.leaves(state)) / 1e6 == pytest.approx(millions, abs=0.01)
 

@@ -29,6 +29,16 @@ class AlignNetConfig:
             raise ValueError(f"unknown mixing {self.mixing!r}: use 'conv' or 'scale'")
 
 
+RELEASED = {
+    "qwen2.5-vl-7b": AlignNetConfig(29, 3584),
+    "qwen2.5-vl-3b": AlignNetConfig(37, 2048),
+    "internvl2.5-4b": AlignNetConfig(37, 2048),
+    "internvl2.5-1b": AlignNetConfig(25, 896, mixing="scale"),
+    "minicpm-o-2.6": AlignNetConfig(29, 3584),
+}
+"""AlignNets of X2I by the MLLM that they read (spec x2i.md section 1)."""
+
+
 class Condition(NamedTuple):
     """What conditions FLUX. Attributes: text features, and the pooled vector."""
 
@@ -112,7 +122,7 @@ class AlignNet(nnx.Module):
 
         Args:
           mllm: has `mixed_states`, as `x2jax.encoders.qwen2_5_vl.Qwen2_5_VL`.
-          inputs, more: what its `hidden_states` takes, and `select_Bt`.
+          inputs, more: what its `hidden_states` takes.
 
         Raises:
           ValueError: another MLLM's AlignNet, or as `hidden_states`.

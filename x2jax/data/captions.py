@@ -150,9 +150,12 @@ class CaptionData:
             numbers, texts = zip(*group, strict=True)
             yield self._batch(np.array(numbers), list(texts))
 
+    def tokenize(self, texts: list[str]) -> tuple[Any, Any]:
+        """What teacher and student read."""
+        return self._teacher(texts), self._student(texts)
+
     def _batch(self, numbers: np.ndarray, texts: list[str]) -> CaptionBatch:
-        ids = np.asarray(numbers, np.int32)
-        return CaptionBatch(self._teacher(texts), self._student(texts), ids)
+        return CaptionBatch(*self.tokenize(texts), np.asarray(numbers, np.int32))
 
 
 def written(data: str, workdir: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from x2jax.recipes.base import Recipe
 
 RECIPES = {
+    "alignnet": "x2jax.recipes.alignnet.Distil",
     "x2edit": "x2jax.recipes.x2edit.X2Edit",
 }
 """Name in configs -> class."""
@@ -36,7 +37,7 @@ def build(config: Any, workdir: Path) -> Recipe:
     """
     cls = recipe_class(config.recipe)
     cls.require(config)
-    recipe = cls.open(config).with_precomputed(workdir)
+    recipe = cls.open(config)
     recipe.data = recipe.open_data(workdir)
     return recipe
 
