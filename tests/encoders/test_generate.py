@@ -67,7 +67,7 @@ def reference_tokens(model, case, eos=None):
     return out[:, ids.shape[1] :].numpy()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASES if c != "one image"])
 def test_greedy_tokens_equal_transformers(case, reference, ours):
     ids, mask, rest = prompt(case)
     found = run(ours, ids, mask, keep_states=False, **rest)
@@ -77,11 +77,12 @@ def test_greedy_tokens_equal_transformers(case, reference, ours):
     assert len(np.unique(found.tokens_BG)) > 3, "a constant answer proves little"
 
 
-def test_states_and_logits_of_generated_tokens_equal_transformers(reference, ours):
+def test_tokens_states_and_logits_after_an_image_equal_transformers(reference, ours):
     """The cached pass against one pass over prompt and answer, for every weight."""
     case = "one image"
     ids, mask, rest = prompt(case)
     found = run(ours, ids, mask, **rest)
+    np.testing.assert_array_equal(found.tokens_BG, reference_tokens(reference, case))
     states = np.asarray(found.states_NBGD)
     mine = [*states, np.asarray(ours.logits(jnp.asarray(states[-1])))]
     whole = np.concatenate([ids, found.tokens_BG], axis=1)
