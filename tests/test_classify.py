@@ -13,7 +13,7 @@ from tests.encoders.test_qwen_vision import VISION
 from x2jax import classify
 from x2jax.data.tasks import TASKS
 from x2jax.encoders.choose import tree
-from x2jax.encoders.qwen2_5_vl import QwenConfig
+from x2jax.encoders.qwen2_5_vl import QWEN_TINY, QwenConfig
 from x2jax.encoders.qwen3 import Qwen3Config
 from x2jax.sources import TINY
 
@@ -23,12 +23,12 @@ SIZES = (2, 32, 4, 2)
 
 
 def qwen3():
-    cfg = Qwen3Config(*SIZES, 16, 48, 1024, False)
+    cfg = Qwen3Config(*SIZES, 16, 48, QWEN_TINY.vocab, False)
     return Qwen3ForCausalLM(TheirQwen3Config(**cfg.to_transformers()))
 
 
 def qwen2_5_vl():
-    cfg = QwenConfig(*SIZES, 48, 1024, False, (1, 1, 2))
+    cfg = QwenConfig(*SIZES, 48, QWEN_TINY.vocab, False, (1, 1, 2))
     config = Qwen2_5_VLConfig(text_config=cfg.to_transformers(), **VISION.to_transformers())
     return Qwen2_5_VLForConditionalGeneration(config)
 
