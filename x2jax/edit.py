@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from x2jax import sharding
 from x2jax.children import load_child
 from x2jax.data import tasks, transforms
 from x2jax.data.batch import Batch
 from x2jax.data.edits import BUCKETS
+from x2jax.encoders.media import open_image
 from x2jax.recipes import recipe_class
 from x2jax.samples import to_uint8
 from x2jax.trained import fit, open_trained, placed
@@ -151,8 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ema", action="store_true", help="use the moving average")
     args = parser.parse_args(argv)
     try:
-        with Image.open(args.image) as image:
-            image.load()
+        image = open_image(args.image)
         editor = Editor(args.model, step=args.step, ema=args.ema, flux=args.flux, mllm=args.mllm)
         edited = editor(
             image,
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             steps=args.steps,
             guidance=args.guidance,
         )
-    except (OSError, UnidentifiedImageError, ValueError) as e:
+    except (OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
