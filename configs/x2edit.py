@@ -29,6 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mllm = ""  # transformers folder of Qwen2.5-VL
     c.alignnet = ""  # AlignNet file or folder
     c.data = ""  # glob of X2Edit tar shards, or "tiny:N" for N rendered pairs
+    c.features = ""  # folder of x2jax.precompute; default features/ in the workdir, if it is there
     c.init_from = ""  # another run's workdir, to start from its trainable tree
 
     # Batch: `batch_size` samples a micro-batch over all devices, `accumulate` of them a step.

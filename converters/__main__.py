@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from converters import formats, lora_files, native
+from converters import bundle, formats, lora_files, native
+from converters.bundle import Bundle
 from converters.exporting import export
 from converters.formats import FORMATS
 from converters.importing import import_
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     write.add_argument("--out", type=Path, required=True, help="folder for the files")
     write.add_argument(
         "--format",
-        choices=[*FORMATS, PLAIN],
+        choices=[*FORMATS, PLAIN, bundle.NAME],
         help=f"default: as imported; of a run, {PLAIN} for plain LoRA, x2edit otherwise",
     )
     write.add_argument("--config", **given)
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             own = ("step", "ema", "dtype", "merge", "scale")
             options = {k: getattr(args, k) for k in own}
-            known = {**FORMATS, **LAYOUTS}
+            known = {**FORMATS, **LAYOUTS, bundle.NAME: Bundle()}
             fmt = known[args.format] if args.format else None
             files = export(args.source, fmt, args.out, config=config, **options)
     except (OSError, ValueError, ImportError) as e:

@@ -1,5 +1,6 @@
 """Our parameters, of a run or imported, or another published file -> the files that others read."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters import formats, lora_files, native, pickles, safetensors_io
+from converters import bundle, formats, lora_files, native, pickles, safetensors_io
+from converters.bundle import Bundle
 from converters.formats import FORMATS, Format, Part
 from converters.formats.base import twin
 from converters.formats.x2edit import x2edit_config
@@ -41,7 +43,7 @@ class Base(NamedTuple):
 
 def export(
     source: Path,
-    fmt: Format | Layout | None,
+    fmt: Format | Layout | Bundle | None,
     out: Path,
     *,
     step: int | None = None,
@@ -73,14 +75,15 @@ def export(
             raise ValueError(f"--merge needs a base in --from; {source} is a trained adapter")
         found = trained.open_trained(source, step, ema=ema)
         plain = lora_files.is_plain(found.params)
-        fits = "lora-peft" if plain else "x2edit"
-        if fmt is not None and fmt.name != fits:
+        fits = ("lora-peft",) if plain else ("x2edit", bundle.NAME)
+        if fmt is not None and fmt.name not in fits:
             raise ValueError(
-                f"{source} is a trained adapter: it cannot be written as {fmt.name}, only as {fits}"
+                f"{source} is a trained adapter: it cannot be written as {fmt.name}, only as "
+                f"{' or '.join(fits)}"
             )
         if plain:
             return lora_files.export(found.params, found.meta, out, dtype)
-        return _export_trained(found, out, dtype)
+        return _export_trained(found, out, dtype, isinstance(fmt, Bundle))
     fmt = base.fmt if fmt is None else fmt
     if not isinstance(fmt, Format) or fmt.kind != base.fmt.kind:
         others = ", ".join(f.name for f in FORMATS.values() if f.kind == base.fmt.kind)
@@ -121,7 +124,9 @@ def _open_base(source: Path, config: Mapping[str, Any] | None) -> Base | None:
     return Base(own, config, found, source.name)
 
 
-def _export_trained(found: trained.Trained, out: Path, dtype: str | None) -> list[Path]:
+def _export_trained(
+    found: trained.Trained, out: Path, dtype: str | None, bundled: bool
+) -> list[Path]:
     params = dict(found.params)
     if not any(p.startswith("alignnet/") for p in params):
         params |= _alignnet_of(found.meta)
@@ -131,12 +136,21 @@ def _export_trained(found: trained.Trained, out: Path, dtype: str | None) -> lis
         print(f"the format has no alpha: alpha / rank = {scale:g} goes into the up projections")
         ups = [p for p in params if p.startswith("adapter/") and p.endswith("/up")]
         params |= {p: np.asarray(params[p], np.float32) * np.float32(scale) for p in ups}
-    files = write(FORMATS["x2edit"], x2edit_config(params), params, out, dtype)
+    config, trio = x2edit_config(params), FORMATS["x2edit"]
+    content = bundle.settings(config, found.meta) if bundled else {}
+    if bundled:
+        trio = dataclasses.replace(trio, parts=_as_safetensors)
+    files = write(trio, config, params, out, dtype)
     sidecar = out / trained.SIDECAR
     hashes = {f.name: safetensors_io.file_sha256(f) for f in files}
     meta = {**found.meta, "sha256": hashes}
     sidecar.write_text(json.dumps(meta, indent=2, default=str) + "\n")
-    return [*files, sidecar]
+    return [*files, sidecar, *(bundle.write(out, content) if bundled else ())]
+
+
+def _as_safetensors(config: Mapping[str, Any]) -> list[Part]:
+    parts = FORMATS["x2edit"].parts(config)
+    return [dataclasses.replace(part, file=twin(part.file)) for part in parts]
 
 
 def _alignnet_of(meta: Mapping[str, Any]) -> dict[str, np.ndarray]:

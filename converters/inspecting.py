@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from converters import formats, native
+from converters.bundle import Bundle
 from converters.formats import FORMATS, Format
 from converters.importing import open_parts, some
 from converters.load import open_weights
@@ -97,4 +98,6 @@ def _summary(tensors: Mapping[str, np.ndarray], goes: Mapping[str, str], shown: 
 
 def known_formats() -> str:
     """A line for every format."""
-    return "\n".join(f"  {f.name:18} {f.what}" for f in (*FORMATS.values(), *LAYOUTS.values()))
+    return "\n".join(
+        f"  {f.name:18} {f.what}" for f in (*FORMATS.values(), *LAYOUTS.values(), Bundle())
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from converters import lora_peft, native, safetensors_io
 from converters.load import open_weights
 from converters.lora import Lora, open_lora
-from converters.lora_names import FluxSizes, Layout
+from converters.lora_names import Layout
 from converters.lora_names import detect as detect_names
 from converters.lora_scale import read_settings
 from converters.rules import WeightsError
@@ -77,7 +77,7 @@ def read(path: Path, layout: Layout, options: Options) -> Lora:
     )
 
 
-def _flux(where: str) -> FluxSizes:
+def _flux(where: str) -> FluxConfig:
     if not where:
         return FLUX_DEV
     root = sources.folder(where, "flux", "flux")

@@ -96,6 +96,7 @@ def recipe_like(params):
     return SimpleNamespace(
         skeleton=SimpleNamespace(abstract=params),
         trainable_abstract={p: x for p, x in params.items() if p.startswith("adapter/")},
+        without=(),
     )
 
 

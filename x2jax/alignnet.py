@@ -122,7 +122,7 @@ class AlignNet(nnx.Module):
 
         Args:
           mllm: has `mixed_states`, as `x2jax.encoders.qwen2_5_vl.Qwen2_5_VL`.
-          inputs, more: what its `hidden_states` takes.
+          inputs, more: what its `hidden_states` takes, and `select_Bt`.
 
         Raises:
           ValueError: another MLLM's AlignNet, or as `hidden_states`.

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from x2jax.state import TrainState
-from x2jax.trees import Params
+from x2jax.trees import Params, matches
 
 _POLICIES = ocp.checkpoint_managers
 
@@ -82,7 +82,11 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 
 
 def load_trainable(
-    workdir: str | Path, step: int | None = None, *, ema: bool = False
+    workdir: str | Path,
+    step: int | None = None,
+    *,
+    ema: bool = False,
+    only: tuple[str, ...] = (r".*",),
 ) -> tuple[dict[str, np.ndarray], dict]:
     """The trainable tree and the meta of a run, on the host; the meta with its `step`.
 
@@ -90,6 +94,7 @@ def load_trainable(
       workdir: a run's directory, or its `checkpoints` folder.
       step: which checkpoint; None for the newest.
       ema: the moving average instead of the parameters.
+      only: rules on paths that say what is read.
 
     Raises:
       FileNotFoundError: no checkpoint there, or not of that step; the steps there are listed.
@@ -108,7 +113,12 @@ def load_trainable(
         metadata = reader.metadata(root / str(step) / "state").item_metadata[item]
     if not metadata:
         raise ValueError(f"the run in {workdir} kept no {item}: it was trained with ema_decay = 0")
-    abstract = {p: jax.ShapeDtypeStruct(m.shape, m.dtype) for p, m in metadata.items()}
+    abstract = {
+        p: jax.ShapeDtypeStruct(m.shape, m.dtype) for p, m in metadata.items() if matches(p, only)
+    }
+    meta = json.loads((root / str(step) / "meta" / "metadata").read_text()) | {"step": step}
+    if not abstract:
+        return {}, meta
     with ocp.PyTreeCheckpointer() as reader:
         restored = reader.restore(
             root / str(step) / "state",
@@ -120,6 +130,5 @@ def load_trainable(
                 partial_restore=True,
             ),
         )
-    meta = json.loads((root / str(step) / "meta" / "metadata").read_text()) | {"step": step}
     params: Params = restored[item]
     return params, meta | {"step": step}

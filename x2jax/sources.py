@@ -1,10 +1,14 @@
 """Frozen weights by name: "tiny", or folders in the public layouts. One loading path for both."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from converters.load import open_weights
 from converters.rules import Table
 
 TINY = Path(__file__).parent / "tiny" / "weights"
@@ -61,6 +65,24 @@ def folder(name: str, option: str, tiny: str) -> Path:
             f"--config.{option}={name}: {path} does not exist; needs {HOW[option]}"
         )
     return path
+
+
+def fingerprint(path: Path) -> str:
+    """A short hash of the weights in a file or folder, that reads little of them.
+
+    Of every tensor: name, type, shape, first and last values. So it tells models and their
+    fine-tunes apart, and costs a few seconds for the largest.
+
+    Raises:
+      FileNotFoundError, WeightsError: as `converters.load.open_weights`.
+    """
+    digest = hashlib.sha256()
+    for name, x in sorted(open_weights(path).items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        flat = x.reshape(-1)
+        for part in (flat[:512], flat[-512:]):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_config(directory: Path) -> dict[str, Any]:

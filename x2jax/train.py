@@ -27,7 +27,7 @@ from x2jax.trees import Params
 
 FREE = (
     "steps", "log_every", "checkpoint_every", "keep", "sample_every", "workers", "mesh", "preview",
-    "init_from", "flux", "mllm", "alignnet", "data",
+    "init_from", "flux", "mllm", "alignnet", "data", "features",
 )  # fmt: skip
 """Config keys that may change when a run is resumed. Weights and data are checked by content."""
 
@@ -75,7 +75,10 @@ def inherited(recipe, config: Any) -> Params:
     if not config.init_from:
         return {}
     what = f"--config.init_from={config.init_from}"
-    given = fit(open_trained(config.init_from).params, recipe.skeleton.abstract, what)
+    params = open_trained(config.init_from).params
+    # What was computed before is checked by the fingerprints of the features.
+    params = {p: x for p, x in params.items() if p.split("/")[0] not in recipe.without}
+    given = fit(params, recipe.skeleton.abstract, what)
     lacking = [p for p in recipe.trainable_abstract if p.startswith("adapter/") and p not in given]
     if lacking:
         raise ValueError(f"{what} lacks parameters:\n" + "\n".join(f"  {p}" for p in lacking))
@@ -125,7 +128,7 @@ def train(config: Any, workdir: Path) -> Params:
     }
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
-        print(parameter_table(state.params, frozen, by_path), flush=True)
+        print(parameter_table(state.params, frozen, by_path), *recipe.notes, sep="\n", flush=True)
         print(f"mesh {dict(mesh.shape)}; {'resuming at' if start else 'starting at'} step {start}")
 
     loop = _Loop(config, workdir, mesh, recipe, frozen, shardings, by_path, tx, start)
@@ -203,12 +206,15 @@ class _Loop:
         """Held-out loss and sample grid from the moving average if there is one."""
         params = state.ema or state.params
         values = {k: float(v) for k, v in self.held_out(params, self.frozen, held).items()}
-        grid = samples.grid(self.recipe, params, self.frozen, held, step, self.workdir)
+        grid = None
+        if self.recipe.shows:
+            grid = samples.grid(self.recipe, params, self.frozen, held, step, self.workdir)
         self.writer.write(step, values)
         if grid is not None:
             self.writer.image(step, "samples", grid)
         shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
-        self.progress.say(f"step {step}: {shown}; grid in {self.workdir / 'samples'}")
+        where = f"; grid in {self.workdir / 'samples'}" if self.recipe.shows else ""
+        self.progress.say(f"step {step}: {shown}{where}")
 
 
 def default_workdir(config_path: str) -> Path:

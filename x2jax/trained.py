@@ -11,7 +11,7 @@ from converters.formats.base import there
 from converters.formats.x2edit import adapter_config
 from converters.load import Imported
 from x2jax.checkpoint import load_trainable
-from x2jax.trees import Params, prefixed
+from x2jax.trees import Params, matches, prefixed
 
 SIDECAR = "export.json"
 """Written beside an export: step, config and fingerprints of the run it came from."""
@@ -27,13 +27,20 @@ class Trained(NamedTuple):
     meta: dict[str, Any]
 
 
-def open_trained(path: str | Path, step: int | None = None, *, ema: bool = False) -> Trained:
+def open_trained(
+    path: str | Path,
+    step: int | None = None,
+    *,
+    ema: bool = False,
+    only: tuple[str, ...] = (r".*",),
+) -> Trained:
     """A trainable tree by path, with the config it was trained with.
 
     Args:
       path: workdir of a run, folder of `converters import`, or folder of an X2Edit trio.
       step: which checkpoint of a run; None for the newest.
       ema: the moving average of a run instead of its parameters.
+      only: rules on paths that say what is read.
 
     Raises:
       FileNotFoundError: nothing of that kind there.
@@ -45,32 +52,33 @@ def open_trained(path: str | Path, step: int | None = None, *, ema: bool = False
         tensors, about = native.open_folder(root)
         if "meta" not in about:
             raise ValueError(f"{root} holds {about.get('format')} weights, not a trained adapter")
-        found = Trained(dict(tensors), about["meta"])
+        found = Trained({p: x for p, x in tensors.items() if matches(p, only)}, about["meta"])
     elif formats.FORMATS["x2edit"].is_here(root):
-        found = _trio(root)
+        found = _trio(root, only)
     else:
-        return _run(root, step, ema)
+        return _run(root, step, ema, only)
     if step is not None or ema:
         raise ValueError(f"{root} is not a run: it has neither steps nor a moving average")
     return found
 
 
-def _run(root: Path, step: int | None, ema: bool) -> Trained:
-    params, meta = load_trainable(root, step, ema=ema)
+def _run(root: Path, step: int | None, ema: bool, only: tuple[str, ...]) -> Trained:
+    params, meta = load_trainable(root, step, ema=ema, only=only)
     # What an earlier stage trained and this one kept frozen belongs to it: AlignNet, in X2Edit.
     earlier = meta["config"].get("init_from")
     if earlier:
-        params = open_trained(earlier).params | params
+        params = open_trained(earlier, only=only).params | params
     return Trained(params, meta)
 
 
-def _trio(root: Path) -> Trained:
+def _trio(root: Path, only: tuple[str, ...]) -> Trained:
     fmt = formats.FORMATS["x2edit"]
     config = fmt.read(root)
     params: Params = {}
     for part in fmt.parts(config):
         read = Imported(fmt.locate(root, part), part.table, part.shapes)
-        params |= prefixed({p: read(p) for p in read.specs}, part.prefix)
+        wanted = [p for p in read.specs if matches(f"{part.prefix}/{p}", only)]
+        params |= prefixed({p: read(p) for p in wanted}, part.prefix)
     return Trained(params, trio_meta(root, config))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from flax import nnx
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from converters import __main__ as cli
 from converters import formats
@@ -22,8 +22,16 @@ from tests import parity
 from tests.converters.test_x2edit import make_run
 from tests.flux.test_parity import SMALL, inputs, run_ours, run_reference
 from x2jax.adapters import AdapterConfig, Adapters
-from x2jax.encoders.qwen2_5_vl import Qwen2_5_VL, QwenConfig, VisionConfig
-from x2jax.encoders.vae import TINY_VAE, VAE
+from x2jax.encoders.qwen2_5_vl import (
+    QWEN2_5_VL_3B,
+    QWEN2_5_VL_3B_VISION,
+    QWEN2_5_VL_7B,
+    QWEN2_5_VL_7B_VISION,
+    Qwen2_5_VL,
+    QwenConfig,
+    VisionConfig,
+)
+from x2jax.encoders.vae import FLUX_VAE, TINY_VAE, VAE
 from x2jax.flux import FLUX_DEV, FLUX_SCHNELL, Flux
 from x2jax.trees import Skeleton, prefixed
 
@@ -236,3 +244,39 @@ def test_full_size_names_and_shapes_of_both_transformer_layouts(cfg):
     states = {n: torch.empty(s, device="meta") for n, s in bfl.items()}
     converted = diffusers_flux_converter(cfg.width)(states)
     assert {n: tuple(x.shape) for n, x in converted.items()} == found and not states
+
+
+def test_full_size_names_and_shapes_of_both_autoencoder_layouts():
+    config = FLUX_VAE.to_diffusers()
+    with torch.device("meta"):
+        keys = {k: v for k, v in config.items() if not k.startswith("_")}
+        reference = diffusers.AutoencoderKL(**keys).state_dict()
+    (folder,), (single,) = (formats.FORMATS[n].parts(config) for n in ("vae-diffusers", "vae-bfl"))
+    found = {n: e.shape for n, e in plan(folder.table, folder.shapes).entries.items()}
+    assert found == {n: tuple(x.shape) for n, x in reference.items()}
+    bfl = {n: e.shape for n, e in plan(single.table, single.shapes).entries.items()}
+    assert bfl["encoder.down.1.block.0.nin_shortcut.weight"] == (256, 128, 1, 1)
+    assert bfl["decoder.up.3.upsample.conv.weight"] == (512, 512, 3, 3)
+    assert bfl["decoder.mid.attn_1.proj_out.weight"] == (512, 512, 1, 1)
+    assert formats.vae.vae_bfl.sizes(bfl) == config
+    states = {n: torch.empty(s, device="meta") for n, s in bfl.items()}
+    converted = single_file_utils.convert_ldm_vae_checkpoint(states, config)
+    assert {n: tuple(x.shape) for n, x in converted.items()} == found
+
+
+@pytest.mark.parametrize(
+    ("text", "vision"),
+    [(QWEN2_5_VL_7B, QWEN2_5_VL_7B_VISION), (QWEN2_5_VL_3B, QWEN2_5_VL_3B_VISION)],
+    ids=["7B", "3B"],
+)
+def test_full_size_names_and_shapes_of_qwen(text, vision):
+    config = {"tie_word_embeddings": text.tied, "text_config": text.to_transformers()}
+    config |= vision.to_transformers()
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    wanted = {n: tuple(x.shape) for n, x in model.state_dict().items()}
+    if text.tied:
+        del wanted["lm_head.weight"]
+    fmt = formats.FORMATS["qwen2.5-vl"]
+    (part,) = fmt.parts({"model_type": "qwen2_5_vl", **config, "x2jax_nested": True})
+    assert {n: e.shape for n, e in plan(part.table, part.shapes).entries.items()} == wanted

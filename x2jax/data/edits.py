@@ -1,13 +1,15 @@
 """Training and held-out batches of an edit data set, as recipes ask for them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from x2jax.data import transforms
 from x2jax.data.batch import Batch
-from x2jax.data.loader import Loader
+from x2jax.data.features import Features
+from x2jax.data.loader import Loader, Reader
 from x2jax.data.tar_index import build_index, split_held_out
 from x2jax.encoders.tokenize import TextTokenizer
 
@@ -23,7 +25,10 @@ class EditData:
     """Opens tar shards, or renders the tiny world's.
 
     Attributes:
-      fingerprint: of the indexed samples.
+      index: of all samples, the held-out ones too.
+      fingerprint: of the samples that are trained on.
+      about: what features of the samples depend on before any weights do.
+      features: what was computed before; None without.
       held_out: a fixed batch that is never trained on, the same on every process's first host.
       held_out_instructions: its instructions.
     """
@@ -42,14 +47,35 @@ class EditData:
         buckets: str,
         slots: int,
         alpha: float,
+        features: Path | None = None,
+        made_of: Mapping[str, Any] | None = None,
     ):
+        """Indexes the data and reads the held-out batch.
+
+        Args:
+          features: folder of what `x2jax.precompute` made; None reads pictures and texts.
+          made_of: by part of the features that is read, what it must have been made of.
+
+        Raises:
+          ValueError: unknown buckets or language, too few samples, or features of another run.
+        """
         if buckets not in BUCKETS:
             raise ValueError(f"unknown buckets {buckets!r}: use one of {', '.join(BUCKETS)}")
         self.buckets = BUCKETS[buckets]
         self.slots = slots
-        index = build_index(shards(data, workdir, self.buckets), workdir / "index")
-        index, ids = split_held_out(index, held_out, seed)
-        options = dict(buckets=self.buckets, tokenize=tokenize, slots=slots, seed=seed)
+        self.index = build_index(shards(data, workdir, self.buckets), workdir / "index")
+        self.about = {
+            "image.buckets": [list(b) for b in self.buckets],
+            "image.slots": slots,
+            "contents of data": self.index.fingerprint,
+        }
+        self.features = None
+        if features is not None:
+            self.features = Features(features, {"samples": self.about, **(made_of or {})}, language)
+        index, ids = split_held_out(self.index, held_out, seed)
+        options = dict(
+            buckets=self.buckets, tokenize=tokenize, slots=slots, seed=seed, features=self.features
+        )
         self._loader = Loader(
             index,
             batch_size=batch_size,
@@ -70,6 +96,11 @@ class EditData:
         self.held_out: Batch = fixed.batch_of(ids[share])
         self.held_out_instructions = [fixed.instruction(i) for i in ids[share]]
         self.fingerprint = self._loader.fingerprint
+
+    @property
+    def reader(self) -> Reader:
+        """Reads samples of the index by position."""
+        return self._loader.reader
 
     def iterate(self, start: int) -> Iterator[Batch]:
         """Batches of this process from the `start`-th on."""

@@ -12,10 +12,11 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int
+from jaxtyping import Int, Int32, UInt8
 
 from x2jax.data import records, tasks, transforms
 from x2jax.data.batch import Batch
+from x2jax.data.features import LANGUAGES, Features
 from x2jax.data.index import Index
 from x2jax.data.sampler import Sampler
 
@@ -48,9 +49,11 @@ class Reader:
         buckets: Sequence[transforms.Bucket],
         slots: int,
         language: str,
+        features: Features | None = None,
     ):
         self.index, self.sampler, self.buckets, self.slots = index, sampler, tuple(buckets), slots
-        self.language = language
+        self.language, self.features = language, features
+        self.parts = () if features is None else features.parts
         self.canvas = transforms.canvas_size(buckets)
 
     def __call__(self, position: int) -> dict[str, Any]:
@@ -85,22 +88,36 @@ class Reader:
         Raises:
           BadImage, Dropped: the sample is broken. FileNotFoundError: its shard is gone.
         """
-        columns = self.index.columns
-        names = ("target", "source")[: self.slots]
-        pixels = np.zeros((self.slots, *self.canvas, 3), np.uint8)
-        sizes = np.zeros((self.slots, 2), np.int32)
-        # Target and source share the target's bucket: the edit keeps the frame.
-        bucket = transforms.nearest_bucket(*map(int, columns["target_size"][sample]), self.buckets)
-        for slot, data in enumerate(self._bytes(sample, names)):
-            transforms.place(transforms.decode(data), bucket, pixels[slot])
-            sizes[slot] = bucket[1], bucket[0]
-        return {
-            "pixels": pixels,
-            "sizes": sizes,
-            "text": self.instruction(sample, position),
-            "task": np.int32(columns["task"][sample]),
+        out = {
+            "sizes": self.sizes(sample),
+            "task": np.int32(self.index.columns["task"][sample]),
             "sample_id": np.int32(sample),
+            "text": "" if "text" in self.parts else self.instruction(sample, position),
         }
+        if "moments" not in self.parts:
+            out["pixels"] = self.pixels(sample)
+        if self.features is not None:
+            language = self._language(position)
+            out |= self.features.read(sample, self.canvas, self.slots, language)
+        return out
+
+    def sizes(self, sample: int) -> Int32[np.ndarray, "S 2"]:
+        """Valid (height, width) of a sample's images."""
+        sizes = np.zeros((self.slots, 2), np.int32)
+        sizes[: len(self._roles)] = self.bucket(sample)[::-1]
+        return sizes
+
+    def bucket(self, sample: int) -> transforms.Bucket:
+        """Size that a sample's images are brought to: the target's, as the edit keeps the frame."""
+        size = self.index.columns["target_size"][sample]
+        return transforms.nearest_bucket(*map(int, size), self.buckets)
+
+    def pixels(self, sample: int) -> UInt8[np.ndarray, "S Hc Wc 3"]:
+        """Images of a sample on the canvas. Raises BadImage or FileNotFoundError as `read`."""
+        pixels = np.zeros((self.slots, *self.canvas, 3), np.uint8)
+        for slot, data in enumerate(self._bytes(sample, self._roles)):
+            transforms.place(transforms.decode(data), self.bucket(sample), pixels[slot])
+        return pixels
 
     def instruction(self, sample: int, position: int = 0) -> str:
         """Instruction of a sample in the run's language.
@@ -108,11 +125,21 @@ class Reader:
         Raises:
           Dropped: its JSON is broken.
         """
-        language = records.CHINESE if self.language == "zh" else records.ENGLISH
-        if self.language == "mixed":
-            rng = np.random.default_rng([self.sampler.seed, 3, position])
-            language = (records.ENGLISH, records.CHINESE)[int(rng.integers(2))]
-        return records.choose(records.parse(self._bytes(sample, ("record",))[0]), language)
+        return records.choose(self.record(sample), self._language(position))
+
+    def record(self, sample: int) -> dict[str, Any]:
+        """What a sample's JSON says. Raises Dropped if it is broken."""
+        return records.parse(self._bytes(sample, ("record",))[0])
+
+    @property
+    def _roles(self) -> tuple[str, ...]:
+        return ("target", "source")[: self.slots]
+
+    def _language(self, position: int) -> int:
+        if self.language != "mixed":
+            return LANGUAGES[self.language]
+        rng = np.random.default_rng([self.sampler.seed, 3, position])
+        return (records.ENGLISH, records.CHINESE)[int(rng.integers(2))]
 
     def _bytes(self, sample: int, names: Sequence[str]) -> list[bytes]:
         path = self.index.shards[self.index.columns["shard"][sample]]
@@ -128,9 +155,8 @@ class Reader:
 
 
 def _stack(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    arrays = ("pixels", "sizes", "task", "sample_id")
     lists = {k: [s[k] for s in samples] for k in ("text", "problems")}
-    return {k: np.stack([s[k] for s in samples]) for k in arrays} | {
+    return {k: np.stack([s[k] for s in samples]) for k in samples[0] if k not in lists} | {
         # One object, so that no array is made of the words.
         "notes": json.dumps(
             {
@@ -169,6 +195,7 @@ class Loader:
         workers: int = 0,
         threads: int = 4,
         problems_path: str | Path | None = None,
+        features: Features | None = None,
     ):
         """Prepares; reads nothing.
 
@@ -184,6 +211,7 @@ class Loader:
           workers: reading processes; 0 reads in `threads` threads of this one.
           threads: per process.
           problems_path: file to which unreadable samples are appended, as JSON lines.
+          features: what is read in place of images, and of texts if it has them.
 
         Raises:
           ValueError: a bad language, slots, or a batch that does not divide over the processes.
@@ -200,7 +228,7 @@ class Loader:
         self.process_index, self.process_count = process_index, process_count
         self.workers, self.threads, self.problems_path = workers, threads, problems_path
         sampler = Sampler(index.by_task(), seed=seed, batch_size=batch_size, alpha=alpha)
-        self.reader = Reader(index, sampler, buckets, slots, language)
+        self.reader = Reader(index, sampler, buckets, slots, language, features)
         self.report: collections.Counter[str] = collections.Counter()
         self.problems: list[Problem] = []
         self.fingerprint = index.fingerprint
@@ -252,12 +280,18 @@ class Loader:
     def _batch(self, raw: dict[str, Any]) -> Batch:
         notes = json.loads(str(raw["notes"]))
         self._note([Problem(**p) for p in notes["problems"]])
+        features = self.reader.features
         return Batch(
-            pixels=raw["pixels"],
+            pixels=raw.get("pixels"),
             sizes=raw["sizes"],
-            text=self.tokenize(notes["text"]),
+            text=(
+                features.condition(raw)
+                if features is not None and "text" in features.parts
+                else self.tokenize(notes["text"])
+            ),
             task=raw["task"],
             sample_id=raw["sample_id"],
+            moments=None if features is None else features.moments(raw),
         )
 
     def _note(self, problems: list[Problem]) -> None:

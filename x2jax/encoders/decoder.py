@@ -99,8 +99,9 @@ class SelfAttention(nnx.Module):
         k = rotate_half(heads(self.k_proj(x_BTD), self.k_norm), cos, sin)
         v = heads(self.v_proj(x_BTD))
         if cache is not None:
-            cache = cache.write(*slot, k, v)
-            k, v = cache.keys_NBSHK[slot[0]], cache.values_NBSHK[slot[0]]
+            written: Cache = cache.write(*slot, k, v)
+            k, v = written.keys_NBSHK[slot[0]], written.values_NBSHK[slot[0]]
+            cache = written
         out = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, implementation="xla")
         return self.o_proj(out.reshape(*x_BTD.shape[:2], -1)), cache
 
@@ -187,7 +188,8 @@ class Decoder(nnx.Module):
         *,
         positions_BT3: Int[Array, "B T 3"] | None = None,
         vision: Any = None,
-    ) -> Float[Array, "B T D"]:
+        select_Bt: Int[Array, "B t"] | None = None,
+    ) -> Float[Array, "B t D"]:
         """A float32 sum over the states of `hidden_states` that never holds them all at once.
 
         No gradient enters this model; that of `weights_N` is exact.
@@ -195,12 +197,15 @@ class Decoder(nnx.Module):
         Args:
           add: (sum, state, weight) -> sum, as `x2jax.alignnet.add_state`.
           weights_N: a weight for each state.
+          select_Bt: places of the tokens whose states are added; None for all.
 
         Raises:
           ValueError: as `hidden_states`.
         """
-        start = jnp.zeros((*ids_BT.shape, self.cfg.width), jnp.float32)
-        return mixing.mix(self, add, weights_N, start, (ids_BT, mask_BT, positions_BT3, vision))
+        shape = ids_BT.shape if select_Bt is None else select_Bt.shape
+        start = jnp.zeros((*shape, self.cfg.width), jnp.float32)
+        inputs = (ids_BT, mask_BT, positions_BT3, vision)
+        return mixing.mix(self, add, weights_N, start, inputs, select_Bt)
 
     def enter(self, ids_BT, mask_BT, positions_BT3, vision) -> tuple[Array, Callable]:
         """The embeddings, and the function (layer, x) -> x that the scans run."""
@@ -247,7 +252,7 @@ class Decoder(nnx.Module):
         layers = (self.layers, jnp.arange(self.cfg.layers))
         (last, cache), states = jax.lax.scan(body, (x_BTD, cache), layers)
         last = self.norm(last)
-        if keep_states:
+        if states is not None:
             states = jnp.concatenate([x_BTD[None], states[:-1], last[None]])
         return Pass(last, states, cache)
 

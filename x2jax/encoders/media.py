@@ -75,6 +75,7 @@ def read_video(
     path = _file(path, "video")
     try:
         import av
+        from av.error import FFmpegError
     except ImportError:
         raise ImportError("videos are read by PyAV: pip install 'x2jax[video]'") from None
     try:
@@ -85,7 +86,7 @@ def read_video(
             total, rate, fps, min_frames=min_frames, max_frames=max_frames, multiple=multiple
         )
         frames = _decode(av, path, wanted)
-    except av.FFmpegError as e:
+    except FFmpegError as e:
         raise ValueError(f"cannot read the video {path}: {e}; is it complete?") from None
     if len(frames) < len(wanted):
         raise ValueError(

@@ -1,8 +1,10 @@
 """Instructions to token ids: chat template, left padding, through transformers' tokenizers."""
 
+import functools
+import hashlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -35,6 +37,45 @@ def prompt(instruction: str, template: str) -> str:
     raise ValueError(f"unknown template {template!r}: use one of {', '.join(TEMPLATES)}")
 
 
+def open_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a transformers folder.
+
+    Raises:
+      ValueError: the folder has no tokenizer, or one without a chat template or a pad token.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"no tokenizer could be loaded from {folder}: {e}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer in {folder} has no chat template (chat_template.jinja, or the key "
+            "in tokenizer_config.json); take the whole folder of an Instruct model"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer in {folder} has no pad token")
+    return tokenizer
+
+
+def fingerprint_of(tokenizer: Any) -> str:
+    """Hash of a tokenizer's vocabulary, merges and chat template."""
+    text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def left_padded(rows: list[list[int]], length: int, pad_id: int) -> TextInputs:
+    """Rows of token ids, right-aligned in `length`; the caller guarantees that they fit."""
+    ids = np.full((len(rows), length), pad_id, np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for n, row in enumerate(rows):
+        ids[n, length - len(row) :] = row
+        mask[n, length - len(row) :] = True
+    return TextInputs(ids, mask)
+
+
 class TextTokenizer:
     """Callable: instructions -> (ids, mask), left-padded to a fixed length. Picklable.
 
@@ -49,38 +90,29 @@ class TextTokenizer:
           ValueError: the folder has no tokenizer or no chat template, an unknown template, or a
             length that the template alone exceeds.
         """
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork
-        from transformers import AutoTokenizer  # slow to import
-
         prompt("", template)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"no tokenizer could be loaded from {folder}: {e}") from None
-        if not self._tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer in {folder} has no chat template (chat_template.jinja, or the key "
-                "in tokenizer_config.json); take the whole folder of an Instruct model"
-            )
+        self._tokenizer = open_tokenizer(folder)
         self.length, self.template, self.truncated = length, template, 0
         self.pad_id = self._tokenizer.pad_token_id
-        if self.pad_id is None:
-            raise ValueError(f"the tokenizer in {folder} has no pad token")
         overhead = len(self._encode(""))
         if overhead >= length:
             raise ValueError(
                 f"text length {length} is too short: the chat template alone takes {overhead}"
             )
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What made the ids: to be kept, and compared, with what came of them."""
+        return {"length": self.length, "template": self.template, "tokenizer": self.fingerprint}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the vocabulary, the merges and the chat template."""
+        return fingerprint_of(self._tokenizer)
+
     def __call__(self, instructions: list[str]) -> TextInputs:
         """Token ids int32 and the mask of real tokens."""
-        ids = np.full((len(instructions), self.length), self.pad_id, np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for row, text in enumerate(instructions):
-            tokens = self._fit(text)
-            ids[row, self.length - len(tokens) :] = tokens
-            mask[row, self.length - len(tokens) :] = True
-        return TextInputs(ids, mask)
+        return left_padded([self._fit(t) for t in instructions], self.length, self.pad_id)
 
     def _fit(self, text: str) -> list[int]:
         tokens = self._encode(text)

@@ -42,6 +42,14 @@ class VAEConfig:
         """Pixels per latent along an edge."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def normalise(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Raw latents to what FLUX sees: (z - shift) * scale."""
+        return (z - self.shift_factor) * self.scaling_factor
+
+    def denormalise(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The inverse of `normalise`."""
+        return z / self.scaling_factor + self.shift_factor
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "VAEConfig":
         """Reads `vae/config.json` of a diffusers FLUX folder.
@@ -159,6 +167,13 @@ class Decoder(nnx.Module):
         return mask_canvas(self.conv_out(x), sizes_B2)
 
 
+def sample(
+    mean: Float[Array, "B h w c"], logvar: Float[Array, "B h w c"], key: Array
+) -> Float[Array, "B h w c"]:
+    """One draw from the posterior, in the dtype of `mean` (noise too where padded)."""
+    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
 class VAE(nnx.Module):
     """`AutoencoderKL`. All sizes are valid (height, width) in *pixels*; None: the full canvas."""
 
@@ -191,20 +206,15 @@ class VAE(nnx.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30, 20)
 
-    @staticmethod
-    def sample(
-        mean: Float[Array, "B h w c"], logvar: Float[Array, "B h w c"], key: Array
-    ) -> Float[Array, "B h w c"]:
-        """One draw from the posterior, in the dtype of `mean` (noise too where padded)."""
-        return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
+    sample = staticmethod(sample)
 
     def normalise(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Raw latents to what FLUX sees: (z - shift) * scale."""
-        return (z - self.cfg.shift_factor) * self.cfg.scaling_factor
+        """As `VAEConfig.normalise`."""
+        return self.cfg.normalise(z)
 
     def denormalise(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The inverse of `normalise`."""
-        return z / self.cfg.scaling_factor + self.cfg.shift_factor
+        """As `VAEConfig.denormalise`."""
+        return self.cfg.denormalise(z)
 
     def decode(
         self, z: Float[Array, "B h w c"], sizes_B2: Int[Array, "B 2"] | None = None

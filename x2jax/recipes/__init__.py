@@ -37,7 +37,7 @@ def build(config: Any, workdir: Path) -> Recipe:
     """
     cls = recipe_class(config.recipe)
     cls.require(config)
-    recipe = cls.open(config)
+    recipe = cls.open(config).with_precomputed(workdir)
     recipe.data = recipe.open_data(workdir)
     return recipe
 

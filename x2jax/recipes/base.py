@@ -35,17 +35,26 @@ class Recipe:
       configs: architectures by child, fresh ones included.
       skeleton: of the `Model`.
       trainable: rules on paths that say what trains.
+      without: children whose outputs come with the batches, computed before; the model lacks them.
+      notes: what the user should know at the start of a run.
       data: training and held-out batches, once `x2jax.recipes.build` has opened them.
     """
 
     children: ClassVar[tuple[str, ...]] = ()
     vision: ClassVar[bool] = False
 
-    def __init__(self, config: Any, configs: Mapping[str, Any], found: Mapping[str, Source]):
-        self.config, self.found = config, dict(found)
+    def __init__(
+        self,
+        config: Any,
+        configs: Mapping[str, Any],
+        found: Mapping[str, Source],
+        without: tuple[str, ...] = (),
+    ):
+        self.config, self.found, self.without = config, dict(found), without
+        self.notes: list[str] = []
         self.configs = {**configs, **self.fresh(configs)}
         self.precision = Precision(**config.precision)
-        self.skeleton: Skeleton = make_skeleton(self.configs, self.precision)
+        self.skeleton: Skeleton = make_skeleton(self.configs, self.precision, without)
         self.trainable = tuple(config.trainable)
         check_rules(self.skeleton.paths, self.trainable, "--config.trainable")
         self.data: Any = None
@@ -72,6 +81,12 @@ class Recipe:
             return cls(config, published_configs(cls.children), {})
         found = find_sources(config, cls.children, vision=cls.vision)
         return cls(config, configs_of(found), {})
+
+    def with_precomputed(self, workdir: Path) -> "Recipe":
+        """This recipe, but for the children whose outputs lie in the workdir or where the config
+        says; for recipes that can do without them.
+        """
+        return self
 
     # What a recipe says.
 
@@ -102,6 +117,11 @@ class Recipe:
         raise NotImplementedError
 
     # What the loop asks.
+
+    @property
+    def shows(self) -> bool:
+        """Whether there are pictures for sample grids."""
+        return True
 
     @property
     def trainable_abstract(self) -> Params:

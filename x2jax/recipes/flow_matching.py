@@ -2,19 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from x2jax import flow, losses
+from x2jax.children import configs_of
 from x2jax.data import transforms
 from x2jax.data.batch import Batch
 from x2jax.data.edits import BUCKETS, EditData
 from x2jax.encoders.tokenize import TextInputs, TextTokenizer
 from x2jax.flux import TARGET
 from x2jax.model import Model
+from x2jax.recipes import precomputed
 from x2jax.recipes.base import Recipe
 from x2jax.step import Metrics
 from x2jax.trees import Params
@@ -47,15 +49,51 @@ class FlowMatching(Recipe):
     """Learns the velocity from noise to target tokens, given source tokens and an instruction.
 
     Attributes:
+      conditioners: children that make the text features.
+      precomputes: whether training can read moments instead of pixels, and text features instead of
+        texts; the config of such a recipe has a key `features`.
       objective: what is minimised.
     """
 
-    def __init__(self, config: Any, configs: Any, found: Any):
-        super().__init__(config, configs, found)
+    conditioners: ClassVar[tuple[str, ...]] = ("mllm", "alignnet")
+    precomputes: ClassVar[bool] = False
+
+    def __init__(self, config: Any, configs: Any, found: Any, without: tuple[str, ...] = ()):
+        super().__init__(config, configs, found, without)
+        self._features: Path | None = None
         self.objective = Objective(**config.objective)
+
+    def with_precomputed(self, workdir: Path) -> "FlowMatching":
+        """Without the children whose outputs are in `precomputed.folder`, if anything is there."""
+        where = precomputed.folder(self.config, workdir) if self.precomputes else None
+        if where is None:
+            return self
+        without = precomputed.children(self, precomputed.parts_at(self, where))
+        recipe = type(self)(self.config, configs_of(self.found), self.found, without)
+        recipe._features = where
+        recipe.notes.append(
+            f"reading {where}: {', '.join(without)} are neither loaded nor run; no sample grids "
+            f"(--config.features={precomputed.NONE} computes everything in the step)"
+        )
+        return recipe
+
+    @property
+    def shows(self) -> bool:
+        return "vae" not in self.without
+
+    def fingerprints(self, frozen: Params) -> dict[str, str]:
+        """Also of the children that were run before: their features say which they were."""
+        before = {}
+        if self.data.features is not None:
+            before = {name: self.data.features.meta["weights"][name] for name in self.without}
+        return super().fingerprints(frozen) | before
 
     def open_data(self, workdir: Path) -> EditData:
         config = self.config
+        features = {}
+        if self._features is not None:
+            parts = precomputed.parts_at(self, self._features)
+            features = {"features": self._features, "made_of": precomputed.made_of(self, parts)}
         data = EditData(
             config.data,
             workdir,
@@ -67,6 +105,7 @@ class FlowMatching(Recipe):
             workers=config.workers,
             **config.image,
             **config.sampler,
+            **features,
         )
         data.check(cell=2 * self.configs["vae"].factor, tokens=self.objective.tokens)
         return data

@@ -11,6 +11,7 @@ class X2Edit(FlowMatching):
     """Flow matching with the contrastive loss (spec x2edit.md sections 2 to 5)."""
 
     children = ("flux", "vae", "mllm", "alignnet")
+    precomputes = True
 
     def fresh(self, configs: Mapping[str, Any]) -> dict[str, Any]:
         return {"adapter": AdapterConfig(**self.config.adapter)}

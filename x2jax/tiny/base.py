@@ -13,6 +13,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,9 +187,10 @@ def train(root: Path, args: argparse.Namespace, seed: int = 0) -> None:
     @jax.jit
     def step(params, ema, opt, frozen, batch, key, share):
         value, grads = jax.value_and_grad(loss)(params, frozen, batch, key)
-        updates, opt = tx.update(grads, opt, params)
+        scaled: Any
+        scaled, opt = tx.update(grads, opt, params)
         updates = {
-            p: rate(share) * (1 if p.startswith("flux/") else 2) * u for p, u in updates.items()
+            p: rate(share) * (1 if p.startswith("flux/") else 2) * u for p, u in scaled.items()
         }
         params = optax.apply_updates(params, updates)
         return params, optax.incremental_update(params, ema, 0.003), opt, value

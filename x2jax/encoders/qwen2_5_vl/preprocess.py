@@ -80,16 +80,22 @@ def image_patches(
     *,
     min_pixels: int = IMAGE_PIXELS[0],
     max_pixels: int = IMAGE_PIXELS[1],
+    size: tuple[int, int] | None = None,
 ) -> Media:
     """Patches of one image; transparency is laid over white.
+
+    Args:
+      size: (height, width) that the image is brought to, multiples of `cfg.factor`, whatever its
+        own; None for what `smart_resize` makes of it.
 
     Raises:
       ValueError: as `smart_resize`, or an array that is not uint8 of (height, width, 3).
     """
     rgb = _rgb(image)
-    size = smart_resize(
+    found = smart_resize(
         *rgb.shape[:2], factor=cfg.factor, min_pixels=min_pixels, max_pixels=max_pixels
     )
+    size = found if size is None else size
     patches, grid = _patchify(_normalised([rgb], size), cfg)
     return Media("image", patches, grid)
 
@@ -101,6 +107,7 @@ def video_patches(
     fps: float,
     min_pixels: int = VIDEO_PIXELS[0],
     max_pixels: int = VIDEO_PIXELS[1],
+    size: tuple[int, int] | None = None,
 ) -> Media:
     """Patches of one video; the last frame is repeated to fill a temporal patch.
 
@@ -108,6 +115,7 @@ def video_patches(
       frames: as sampled: all of them are used.
       fps: frames per second of `frames`, not of the file that they were sampled from.
       min_pixels, max_pixels: of a frame.
+      size: of a frame, as `image_patches` has it.
 
     Raises:
       ValueError: no frames, frames of several sizes, no usable rate, or as `image_patches`.
@@ -120,9 +128,10 @@ def video_patches(
     if len({f.shape for f in rgb}) > 1:
         sizes = sorted({f"{f.shape[1]} x {f.shape[0]}" for f in rgb})
         raise ValueError(f"frames of one video differ in size ({', '.join(sizes)}): resize them")
-    size = smart_resize(
+    found = smart_resize(
         *rgb[0].shape[:2], factor=cfg.factor, min_pixels=min_pixels, max_pixels=max_pixels
     )
+    size = found if size is None else size
     patches, grid = _patchify(_normalised(rgb, size), cfg)
     return Media("video", patches, grid, cfg.temporal_patch / fps)
 

@@ -1,0 +1,263 @@
+"""The bundle for diffusers users: the same edit as x2jax, strict."""
+
+import json
+import shutil
+import sys
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from configs.x2edit import get_config
+from converters import __main__ as cli
+from x2jax import flow
+from x2jax.checkpoint import Checkpointer
+from x2jax.data.batch import Batch
+from x2jax.encoders.tokenize import TextTokenizer
+from x2jax.flux import FLUX_TINY
+from x2jax.flux.latents import SOURCE, TARGET
+from x2jax.model import Model
+from x2jax.recipes import recipe_class
+from x2jax.sources import TINY
+from x2jax.state import TrainState
+from x2jax.trained import open_trained
+
+STEPS, GUIDANCE, TASK = 4, 2.5, "colour change"
+PROMPT = "make the red circle blue"
+
+
+def config():
+    c = get_config().unlock()
+    c.preview.update(steps=STEPS, guidance=GUIDANCE)
+    c.text.update(length=80, template="published")
+    return c
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return recipe_class("x2edit").open(config())
+
+
+@pytest.fixture(scope="module")
+def params(recipe):
+    """A trained tree in which nothing is zero and every part changes the edit."""
+    rng = np.random.default_rng(0)
+    out = {}
+    for path, x in recipe.trainable_abstract.items():
+        size = 1 if path.endswith("embedding") else 1 / np.sqrt(np.prod(x.shape[:-1][-2:]))
+        out[path] = (size * rng.standard_normal(x.shape)).astype(np.float32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, params):
+    root = tmp_path_factory.mktemp("pipeline")
+    checkpoints = Checkpointer(root / "run", every=1, keep=1)
+    state = TrainState(np.int32(7), jax.tree.map(jnp.asarray, params), {}, {})
+    checkpoints.save(7, state, {"config": json.loads(config().to_json())}, force=True)
+    checkpoints.close()
+    out = root / "bundle"
+    command = ["export", "--from", str(root / "run"), "--out", str(out), "--dtype", "float32"]
+    assert cli.main([*command, "--format", "diffusers-pipeline"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The tiny FLUX as a whole diffusers folder."""
+    root = tmp_path_factory.mktemp("flux")
+    for part in ("transformer", "vae"):
+        shutil.copytree(TINY / "flux" / part, root / part)
+    diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    ).save_pretrained(root / "scheduler")
+    index = {
+        "_class_name": "FluxPipeline",
+        "_diffusers_version": "0.30.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (root / "model_index.json").write_text(json.dumps(index))
+    return root
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    own = Qwen2_5_VLConfig.from_pretrained(TINY / "qwen")
+    # The embedded family has no vision tower; transformers would make one of full size.
+    own.vision_config = type(own.vision_config)(
+        depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=16
+    )
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        TINY / "qwen", config=own, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "qwen")
+    return {"mllm": model.eval(), "mllm_tokenizer": tokenizer}
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle, base, qwen):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        str(base), custom_pipeline=str(bundle), adapter=str(bundle), trust_remote_code=True, **qwen
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture() -> Image.Image:
+    rng = np.random.default_rng(1)
+    return Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64))
+
+
+class Ours:
+    """The edit of x2jax: noise, source latents, latents after every step, picture."""
+
+    def __init__(self, recipe, params, monkeypatch):
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        frozen = recipe.load_frozen(dict.fromkeys(recipe.skeleton.paths, here))
+        pixels = np.zeros((1, 2, 64, 64, 3), np.uint8)
+        pixels[0, 1] = np.asarray(picture())
+        text = TextTokenizer(TINY / "qwen", 80, "published")([PROMPT])
+        batch = Batch(
+            pixels=jnp.asarray(pixels),
+            sizes=jnp.full((1, 2, 2), 64, jnp.int32),
+            text=jax.tree.map(jnp.asarray, text),
+            task=jnp.asarray([5]),
+            sample_id=jnp.zeros((1,), jnp.int32),
+        )
+
+        def euler(velocity, noise, sigmas):
+            def body(x, pair):
+                x = x + (pair[1] - pair[0])[:, None, None] * velocity(x, pair[0])
+                return x, x
+
+            xs = jax.lax.scan(body, noise, (sigmas[:, :-1].T, sigmas[:, 1:].T))[1]
+            return {"noise": noise, "steps": xs}
+
+        def decode(self, stream, batch):
+            last = stream._replace(tokens_BIC=stream.tokens_BIC["steps"][-1])
+            return stream, original(self, last, batch)
+
+        original = Model.decode
+        monkeypatch.setattr(flow, "euler", euler)
+        monkeypatch.setattr(Model, "decode", decode)
+
+        def run(params, frozen, batch, key):
+            model = recipe.skeleton.merge(params, frozen)
+            clean = recipe._encode(model, batch, jax.random.split(key)[0])
+            edited = recipe.edit(params, frozen, batch, key, steps=STEPS, guidance=GUIDANCE)
+            return clean, model.condition(batch.text), edited
+
+        clean, self.condition, (stream, pixels) = jax.jit(run)(
+            params, frozen, batch, jax.random.key(3)
+        )
+        target = np.asarray(clean.roles_BI[0]) == TARGET
+        source = np.asarray(clean.roles_BI[0]) == SOURCE
+        self.source = np.asarray(clean.tokens_BIC)[:, source]
+        self.noise = np.asarray(stream.tokens_BIC["noise"])[:, target]
+        self.steps = np.asarray(stream.tokens_BIC["steps"])[:, :, target]
+        self.pixels = np.asarray(pixels)[0]
+
+
+@pytest.fixture(scope="module")
+def ours(recipe, params):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return Ours(recipe, params, monkeypatch)
+
+
+def module_of(pipe):
+    """The module that `pipeline.py` was loaded as."""
+    return sys.modules[type(pipe).__module__]
+
+
+def edit(pipe, ours, **kw):
+    """The latents after every step, and the picture, of the PyTorch pipeline."""
+    steps, step = [], pipe.scheduler.step
+
+    def recorded(*args, **kwargs):
+        out = step(*args, **kwargs)
+        steps.append(out[0].numpy())
+        return out
+
+    source = module_of(pipe).unpack(torch.tensor(ours.source), 8, 8)
+    pipe.scheduler.step = recorded
+    try:
+        out = pipe(
+            **{"prompt": PROMPT, "task": TASK} | kw, image=picture(), source_latents=[source],
+            latents=torch.tensor(ours.noise),
+        )  # fmt: skip
+    finally:
+        del pipe.scheduler.step
+    return np.stack(steps), out.images[0]
+
+
+def test_the_edit_is_that_of_x2jax(pipe, ours):
+    module = module_of(pipe)
+    tokens = module.tokenize(pipe.mllm_tokenizer, [PROMPT], **pipe.settings["text"])
+    with torch.no_grad():
+        text = module.condition(pipe.mllm, pipe.alignnet, *tokens)
+    for a, b in zip(text, ours.condition, strict=True):
+        np.testing.assert_allclose(a.numpy(), b, atol=1e-4 * np.abs(b).max())
+    steps, image = edit(pipe, ours)
+    assert steps.shape == ours.steps.shape == (STEPS, 1, 64, FLUX_TINY.channels)
+    assert np.abs(steps - ours.steps).max() < 1e-3
+    expected = np.clip(np.rint((ours.pixels + 1) * 127.5), 0, 255)
+    assert np.abs(np.asarray(image, np.float32) - expected).max() <= 1
+    # What the edit depends on: a difference that the comparison would not miss.
+    for other in ({"task": "unknown"}, {"prompt": "x"}, {"guidance_scale": 1.0}):
+        assert np.abs(edit(pipe, ours, **other)[0] - ours.steps).max() > 0.01, other
+
+
+def rewritten(bundle, folder, change):
+    """A copy of the bundle whose adapter file has been changed."""
+    shutil.copytree(bundle, folder)
+    tensors = load_file(folder / "lora.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "lora.safetensors")
+    return str(folder)
+
+
+def test_files_that_do_not_fit_are_refused_with_every_reason(pipe, bundle, tmp_path):
+    gone = "transformer_blocks.0.attn.processor.q_moe_lora.gate.weight"
+    bent = "single_transformer_blocks.1.attn.processor.k_moe_lora.experts.0.up.weight"
+
+    def change(tensors):
+        del tensors[gone]
+        tensors[bent] = tensors[bent][:, :-1].contiguous()
+        tensors["extra"] = torch.ones(1)
+
+    folder = rewritten(bundle, tmp_path / "bad", change)
+    with pytest.raises(ValueError) as e:
+        module_of(pipe).load(folder)
+    assert f"lora: missing {gone}" in str(e.value)
+    assert "lora: unknown extra" in str(e.value)
+    assert f"lora: {bent} is (128, 15), expected (128, 16)" in str(e.value)
+
+
+def test_an_adapter_of_another_flux_is_refused_and_the_base_stays_as_it_was(pipe, bundle, base):
+    module = module_of(pipe)
+    flux = diffusers.FluxTransformer2DModel.from_pretrained(base / "transformer")
+    names = set(flux.state_dict())
+    _, adapter, _ = module.load(bundle)
+    module.apply(flux, adapter)
+    assert set(flux.state_dict()) > names
+    module.remove(flux)
+    assert set(flux.state_dict()) == names and "forward" not in vars(flux)
+    del flux.transformer_blocks[2]
+    with pytest.raises(ValueError, match=r"this FLUX has .* \(2, 6, 128\)"):
+        module.apply(flux, adapter)
+
+
+def test_a_bundle_is_an_x2edit_adapter_too(bundle, params, tmp_path):
+    assert cli.main(["import", "--from", str(bundle), "--out", str(tmp_path / "ours")]) == 0
+    back = open_trained(tmp_path / "ours").params
+    assert back.keys() == params.keys()
+    for path, x in params.items():
+        np.testing.assert_array_equal(back[path], x, err_msg=path)
