@@ -36,6 +36,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"adapter/.*/down", ("layers", "embed", "expert", "rank")),
     (r"adapter/.*/up", ("layers", "expert", "rank", "embed")),
     (r"adapter/.*/gate_(x|task)", ("layers", "embed", None)),
+    # LightControl
+    (r"control/nets/time_in/.*/kernel", ("layers", None, None)),
+    (r"control/nets/.*time_emb_proj/kernel", ("layers", None, None)),
+    (r"control/nets/.*/kernel", ("layers", None, None, None, "embed")),
+    (r"control/.*", ()),
     # FLUX blocks
     (r"flux/(double|single)_blocks/.*/(q|k|v)/kernel", ("layers", "embed", "heads")),
     (r"flux/(double|single)_blocks/.*/proj/kernel", ("layers", "heads", "embed")),

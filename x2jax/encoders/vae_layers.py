@@ -31,10 +31,10 @@ def _valid(shape, sizes_B2):
 
 
 class GroupNorm(nnx.Module):
-    """Group norm over the valid area, eps 1e-6, statistics in float32."""
+    """Group norm over the valid area, statistics in float32."""
 
-    def __init__(self, channels: int, groups: int, *, param_dtype):
-        self.groups = groups
+    def __init__(self, channels: int, groups: int, *, eps: float = 1e-6, param_dtype):
+        self.groups, self.eps = groups, eps
         self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
 
@@ -52,24 +52,29 @@ class GroupNorm(nnx.Module):
         # Two passes, so that no cancellation; the casts fuse into the reductions and the result.
         mean = group_mean(x_BHWC.astype(jnp.float32))
         variance = group_mean(jnp.square(x_BHWC.astype(jnp.float32) - mean))
-        y = (x_BHWC.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + 1e-6)
+        y = (x_BHWC.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + self.eps)
         y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
         return y.astype(x_BHWC.dtype)
 
 
 class ResnetBlock(nnx.Module):
-    """Two norm-SiLU-conv stages with a (projected) skip."""
+    """Two norm-SiLU-conv stages with a (projected) skip; a time vector enters between them."""
 
-    def __init__(self, cin: int, cout: int, groups: int, *, dtype, param_dtype, rngs):
+    def __init__(
+        self, cin: int, cout: int, groups: int, *, time_width: int = 0, dtype, param_dtype, rngs
+    ):
         kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norm1 = GroupNorm(cin, groups, param_dtype=param_dtype)
         self.conv1 = conv3(cin, cout, **kw)
         self.norm2 = GroupNorm(cout, groups, param_dtype=param_dtype)
         self.conv2 = conv3(cout, cout, **kw)
         self.conv_shortcut = nnx.Conv(cin, cout, (1, 1), **kw) if cin != cout else None
+        self.time_emb_proj = nnx.Linear(time_width, cout, **kw) if time_width else None
 
-    def __call__(self, x_BHWC, sizes_B2):
+    def __call__(self, x_BHWC, sizes_B2, time_BF=None):
         h = self.conv1(mask_canvas(jax.nn.silu(self.norm1(x_BHWC, sizes_B2)), sizes_B2))
+        if self.time_emb_proj is not None:
+            h += self.time_emb_proj(jax.nn.silu(time_BF))[:, None, None]
         h = self.conv2(mask_canvas(jax.nn.silu(self.norm2(h, sizes_B2)), sizes_B2))
         return h + (x_BHWC if self.conv_shortcut is None else self.conv_shortcut(x_BHWC))
 

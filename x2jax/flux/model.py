@@ -103,6 +103,7 @@ class Flux(nnx.Module):
         guidance_B: Float[Array, "B"] | None = None,
         *,
         adapters: Any = None,
+        control: Any = None,
         task_BD: Float[Array, "B D"] | None = None,
         probe: Probe | None = None,
         remat: str = "none",
@@ -116,6 +117,8 @@ class Flux(nnx.Module):
           timesteps_B: sigma in [0, 1] of target and text tokens; sources are at timestep 0.
           guidance_B: guidance scale (3.5, not 3500); required if and only if the model has it.
           adapters: an `x2jax.adapters.Adapters`, or None for the base.
+          control: an `x2jax.control.Control`, or None: what it adds to target tokens after every
+            double block.
           task_BD: task embedding, required by adapters with routed experts.
           probe: looks at every block; it gets one lane's taps.
           remat: "none" or a key of `REMAT_POLICIES`.
@@ -124,7 +127,10 @@ class Flux(nnx.Module):
           ValueError: guidance given to a model without it, or missing; unknown remat policy.
         """
         lane = self._lane(img, txt_BTD, pooled_BP, timesteps_B, guidance_B, task_BD)
-        (lane,), seen = self._blocks((lane,), adapters, probe, remat)
+        nets = delta = None
+        if control is not None:
+            nets, delta = control.nets, lambda net: control.delta(net, img, timesteps_B)
+        (lane,), seen = self._blocks((lane,), adapters, probe, remat, nets=nets, delta=delta)
         velocity = self.final_layer(lane.img_BID, lane.ctx.vec_B2D[:, 0])
         return FluxOutput(velocity, seen)
 
@@ -166,9 +172,16 @@ class Flux(nnx.Module):
         return Lane(ctx, self.txt_in(txt_BTD.astype(self.dtype)), x_BID)
 
     def _blocks(
-        self, lanes: tuple[Lane, ...], adapters, probe: Probe | None, remat: str, segment: int = 0
+        self,
+        lanes: tuple[Lane, ...],
+        adapters,
+        probe: Probe | None,
+        remat: str,
+        segment: int = 0,
+        nets: Any = None,
+        delta: Callable[[Any], Array] | None = None,
     ) -> tuple[tuple[Lane, ...], Seen]:
-        """All lanes through all blocks."""
+        """All lanes through all blocks; a `delta` of each block's net joins the image streams."""
 
         def look(how, taps):
             named = [
@@ -178,11 +191,13 @@ class Flux(nnx.Module):
             return how(*named)
 
         def double(streams, layer):
-            block, adapter = layer
-            outs = [
-                block(txt, x, lane.ctx, adapter)
-                for lane, (txt, x) in zip(lanes, streams, strict=True)
-            ]
+            block, adapter, net = layer
+
+            def through(lane, txt, x):
+                txt, x, taps = block(txt, x, lane.ctx, adapter)
+                return txt, x if delta is None else x + delta(net).astype(x.dtype), taps
+
+            outs = [through(lane, *stream) for lane, stream in zip(lanes, streams, strict=True)]
             seen = None if probe is None else look(probe.double, [taps for _, _, taps in outs])
             return tuple((txt, x) for txt, x, _ in outs), seen
 
@@ -197,7 +212,7 @@ class Flux(nnx.Module):
         streams, seen_double = scan_blocks(
             double,
             tuple((lane.txt_BTD, lane.img_BID) for lane in lanes),
-            (self.double_blocks, of[0]),
+            (self.double_blocks, of[0], nets),
             **how,
         )
         joints, seen_single = scan_blocks(
