@@ -134,7 +134,7 @@ class Work:
         try:
             pixels, texts = self.reader.pixels(sample), {}
             if precomputed.TEXT in self.meta["parts"]:
-                found = records.instructions(self.reader.record(sample))
+                found = self.reader.texts(sample)
                 there = {k: found[bit] for k, bit in features.LANGUAGES.items() if bit in found}
                 for asked in self.meta["languages"]:
                     language = asked if asked in there else next(iter(there))

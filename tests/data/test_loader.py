@@ -145,3 +145,14 @@ def test_bad_options(index):
     for options in (dict(language="fr"), dict(slots=0), dict(process_count=3)):
         with pytest.raises(ValueError, match=r"language|slots|divide"):
             loader_of(index, **options)
+
+
+def test_pictures_have_captions_and_one_slot(tmp_path):
+    parts = [sample(str(n), caption_target=f"picture {n}") for n in range(4)]
+    index = build_index(write(tmp_path / "a.tar", *parts), layout="pictures", progress=False)
+    (batch,) = take(loader_of(index, slots=1), 1)
+    assert batch.pixels.shape[1] == 1 and (batch.task == 0).all()
+    n = int(batch.sample_id[0])
+    np.testing.assert_array_equal(batch.text[0][0], tokenize([f"picture {n}"])[0][0])
+    with pytest.raises(ValueError, match="slots must be 1, not 2"):
+        loader_of(index, slots=2)

@@ -9,7 +9,17 @@ from tests.data import shards
 from tests.data.shards import END, picture, sample, write
 from x2jax.data import tasks
 from x2jax.data.index import split_held_out
-from x2jax.data.records import CHINESE, ENGLISH, Dropped, Filters, check_scores, choose, total
+from x2jax.data.records import (
+    CHINESE,
+    ENGLISH,
+    Dropped,
+    Filters,
+    captions,
+    check_scores,
+    choose,
+    instructions,
+    total,
+)
 from x2jax.data.tar_index import build_index, find_shards
 
 
@@ -164,13 +174,66 @@ def test_filters(record, reason):
 
 def test_record_variants():
     assert total("[4, '5']") == 9 and total("7.5") == 7.5 and total("bad") is None
-    both = dict(instruction="删除猫", instruction_en="remove the cat")
+    both = instructions(dict(instruction="删除猫", instruction_en="remove the cat"))
     assert choose(both, ENGLISH) == "remove the cat" and choose(both, CHINESE) == "删除猫"
-    assert choose(dict(instruction="删除猫"), ENGLISH) == "删除猫"
+    assert choose(instructions(dict(instruction="删除猫")), ENGLISH) == "删除猫"
     assert tasks.lookup(" Visual_Material_Change ") == 6 and tasks.lookup("unknown") is None
     assert len(tasks.TASKS) == 16 and {tasks.lookup(t) for t in tasks.TASKS[1:]} == set(
         range(1, 16)
     )
+
+
+def plain(stem, caption, suffix, image="jpg"):
+    form = {"jpg": "JPEG", "png": "PNG"}[image]
+    return shards.member(f"{stem}.{image}", picture(48, 32, form=form)) + shards.member(
+        f"{stem}.{suffix}", caption
+    )
+
+
+def test_pictures_of_a_plain_webdataset(tmp_path):
+    path = write(
+        tmp_path / "a.tar",
+        plain("0", b"a red square\n", "txt"),
+        plain("1", json.dumps({"caption": "一个圆"}).encode(), "json", image="png"),
+        plain("2", json.dumps({"width": 3}).encode(), "json") + shards.member("2.txt", b"a bird"),
+        plain("none", b" ", "txt"),
+        plain("bare", b"\xff\xfe", "txt"),
+        plain("broken", b"{", "json"),
+        shards.member("alone.jpg", picture()),
+        shards.member("text.txt", b"a text"),
+    )
+    index = index_of(path, layout="pictures")
+    assert stems(index) == ["0", "1", "2"]
+    assert index.columns["languages"].tolist() == [ENGLISH, CHINESE, ENGLISH]
+    assert index.columns["target_size"].tolist() == [[48, 32]] * 3
+    assert dict(index.report.dropped) == {
+        "no caption": 2,
+        "caption is not UTF-8": 1,
+        "unreadable JSON": 1,
+        "no target image": 1,
+    }
+
+
+def test_pictures_of_edit_shards_are_targets_with_their_captions(tmp_path):
+    path = write(
+        tmp_path / "a.tar",
+        sample("0", caption_target="a cat on snow", caption_source="snow"),
+        sample("1"),
+    )
+    index = index_of(path, layout="pictures", cache=tmp_path / "cache")
+    assert stems(index) == ["0"] and dict(index.report.dropped) == {"no caption": 1}
+    assert index_of(path, layout="pictures", cache=tmp_path / "cache").layout == "pictures"
+    edits = index_of(path, cache=tmp_path / "cache")
+    assert stems(edits) == ["0", "1"], "another layout is another index"
+    np.testing.assert_array_equal(index.columns["target"][0], edits.columns["target"][0])
+    with pytest.raises(ValueError, match=r"unknown layout 'images' .* one of edits, pictures"):
+        index_of(path, layout="images")
+
+
+def test_caption_variants():
+    assert captions(b"\xef\xbb\xbf a cat ") == {ENGLISH: "a cat"}
+    assert captions(b' {"prompt": "a cat", "caption": "a dog"}') == {ENGLISH: "a dog"}
+    assert captions(b'{"caption": 3}') == {} and captions(b"") == {}
 
 
 def test_held_out_is_balanced_and_apart(tmp_path):

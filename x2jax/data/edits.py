@@ -1,4 +1,4 @@
-"""Training and held-out batches of an edit data set, as recipes ask for them."""
+"""Training and held-out batches of a data set of edits or pictures, as recipes ask for them."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from x2jax.data import transforms
+from x2jax.data import records, transforms
 from x2jax.data.batch import Batch
 from x2jax.data.features import Features
 from x2jax.data.loader import Loader, Reader
@@ -47,12 +47,14 @@ class EditData:
         buckets: str,
         slots: int,
         alpha: float,
+        layout: str = records.EDITS,
         features: Path | None = None,
         made_of: Mapping[str, Any] | None = None,
     ):
         """Indexes the data and reads the held-out batch.
 
         Args:
+          layout: what a sample is, one of `records.LAYOUTS`.
           features: folder of what `x2jax.precompute` made; None reads pictures and texts.
           made_of: by part of the features that is read, what it must have been made of.
 
@@ -63,7 +65,8 @@ class EditData:
             raise ValueError(f"unknown buckets {buckets!r}: use one of {', '.join(BUCKETS)}")
         self.buckets = BUCKETS[buckets]
         self.slots = slots
-        self.index = build_index(shards(data, workdir, self.buckets), workdir / "index")
+        found = shards(data, workdir, self.buckets)
+        self.index = build_index(found, workdir / "index", layout=layout)
         self.about = {
             "image.buckets": [list(b) for b in self.buckets],
             "image.slots": slots,

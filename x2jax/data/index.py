@@ -79,6 +79,7 @@ class Index:
       stems: (N,) bytes, names of the samples in their shards.
       active: positions to train on; all but the held-out ones.
       report: of the making of this index.
+      layout: what a sample is, one of `x2jax.data.records.LAYOUTS`.
     """
 
     shards: tuple[str, ...]
@@ -86,6 +87,7 @@ class Index:
     stems: np.ndarray
     active: np.ndarray
     report: Report
+    layout: str = "edits"
 
     def __len__(self) -> int:
         return len(self.active)

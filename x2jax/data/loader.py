@@ -120,16 +120,16 @@ class Reader:
         return pixels
 
     def instruction(self, sample: int, position: int = 0) -> str:
-        """Instruction of a sample in the run's language.
+        """Instruction or caption of a sample in the run's language.
 
         Raises:
           Dropped: its JSON is broken.
         """
-        return records.choose(self.record(sample), self._language(position))
+        return records.choose(self.texts(sample), self._language(position))
 
-    def record(self, sample: int) -> dict[str, Any]:
-        """What a sample's JSON says. Raises Dropped if it is broken."""
-        return records.parse(self._bytes(sample, ("record",))[0])
+    def texts(self, sample: int) -> dict[int, str]:
+        """What conditions a sample, by language bit. Raises Dropped if its JSON is broken."""
+        return records.texts(self._bytes(sample, ("record",))[0], self.index.layout)
 
     @property
     def _roles(self) -> tuple[str, ...]:
@@ -220,6 +220,8 @@ class Loader:
             raise ValueError(f"language {language!r}: use 'en', 'zh' or 'mixed'")
         if slots < 1:
             raise ValueError(f"slots {slots}: needs at least the target")
+        if slots > 1 and index.layout == records.PICTURES:
+            raise ValueError(f"pictures have no sources: slots must be 1, not {slots}")
         if batch_size % process_count:
             raise ValueError(
                 f"global batch {batch_size} does not divide over {process_count} processes"

@@ -15,6 +15,10 @@ from x2jax.data import tasks
 ENGLISH, CHINESE = 1, 2
 """Bits of the languages that a sample has an instruction in."""
 
+EDITS, PICTURES = "edits", "pictures"
+LAYOUTS = (EDITS, PICTURES)
+"""What a sample is: source, instruction and target; or a picture and its caption."""
+
 _CJK = re.compile(r"[㐀-䶿一-鿿豈-﫿]")
 
 
@@ -79,15 +83,42 @@ def instructions(record: Mapping[str, Any]) -> dict[int, str]:
     return out
 
 
-def choose(record: Mapping[str, Any], language: int) -> str:
-    """The instruction in `language`, or in the other one where that is all there is.
+CAPTION_KEYS = ("caption_target", "caption", "text", "prompt")
+"""Where the JSON of a picture has its caption: X2Edit's key, and the usual ones."""
+
+
+def captions(data: bytes) -> dict[int, str]:
+    """Caption of a picture by language bit: of a JSON object, or the text itself.
 
     Raises:
-      Dropped: there is none.
+      Dropped: broken JSON, or text that is not UTF-8.
     """
-    found = instructions(record)
+    if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        record = parse(data)
+        text = next((v for k in CAPTION_KEYS if isinstance(v := record.get(k), str)), "")
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except ValueError:
+            raise Dropped("caption is not UTF-8") from None
+    text = text.strip()
+    return {CHINESE if _CJK.search(text) else ENGLISH: text} if text else {}
+
+
+def texts(data: bytes, layout: str) -> dict[int, str]:
+    """What conditions a sample, by language bit: instructions of "edits", captions of "pictures".
+
+    Raises:
+      Dropped: there is none, or it is broken.
+    """
+    found = captions(data) if layout == PICTURES else instructions(parse(data))
     if not found:
-        raise Dropped("no instruction")
+        raise Dropped("no caption" if layout == PICTURES else "no instruction")
+    return found
+
+
+def choose(found: Mapping[int, str], language: int) -> str:
+    """The text in `language`, or in the other one where that is all there is."""
     return found.get(language) or next(iter(found.values()))
 
 

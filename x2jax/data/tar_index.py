@@ -1,7 +1,9 @@
 """An index of tar shards, made once: where every usable sample lies, and why others are not used.
 
-The shards are those of X2Edit-Dataset: adjacent members of one stem, `STEM.1.0.jpg` or
-`STEM.1.jpg` (source), `STEM.2.jpg` (target) and `STEM.json`.
+Adjacent members of one stem are a sample. "edits" are X2Edit-Dataset's: `STEM.1.0.jpg` or
+`STEM.1.jpg` (source), `STEM.2.jpg` (target) and `STEM.json`. "pictures" are the targets of these
+shards with their captions, or those of a plain WebDataset: `STEM.jpg` (png, jpeg, webp) with its
+caption in `STEM.json` or `STEM.txt`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from x2jax.data.index import COLUMNS, Index, Report
 from x2jax.data.index import split_held_out as split_held_out
 from x2jax.data.tar_walk import Member, walk
 
-VERSION = 1
+VERSION = 2
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _HEADER = 1 << 16
 
@@ -56,6 +58,7 @@ def build_index(
     patterns: str | Path | Sequence[str | Path],
     cache: str | Path | None = None,
     *,
+    layout: str = records.EDITS,
     filters: records.Filters | None = records.Filters(),  # noqa: B008  (frozen)
     workers: int = 8,
     progress: bool = True,
@@ -65,20 +68,24 @@ def build_index(
     Args:
       patterns: globs, files or folders of tars.
       cache: folder for `index.npz` and `index_report.json`; None keeps nothing.
+      layout: what a sample is, one of `records.LAYOUTS`.
       filters: score thresholds; None uses every sample.
       workers: threads.
       progress: prints the report and a progress bar.
 
     Raises:
       FileNotFoundError: a pattern matches nothing.
-      ValueError: no sample is usable.
+      ValueError: no sample is usable, or an unknown layout.
     """
+    if layout not in records.LAYOUTS:
+        known = ", ".join(records.LAYOUTS)
+        raise ValueError(f"unknown layout {layout!r} of a data set: use one of {known}")
     shards = find_shards(patterns)
-    key = _cache_key(shards, filters)
+    key = _cache_key(shards, layout, filters)
     cached = None if cache is None else Path(cache) / "index.npz"
-    index = _load(cached, key) if cached is not None else None
+    index = _load(cached, key, layout) if cached is not None else None
     if index is None:
-        index = _make(shards, filters, workers, progress)
+        index = _make(shards, layout, filters, workers, progress)
         if cached is not None:
             _save(index, cached, key)
     if progress:
@@ -88,10 +95,10 @@ def build_index(
     return index
 
 
-def _cache_key(shards: tuple[str, ...], filters: records.Filters | None) -> str:
+def _cache_key(shards: tuple[str, ...], layout: str, filters: records.Filters | None) -> str:
     files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in shards]
     settings = dataclasses.asdict(filters) if filters else None
-    text = json.dumps([VERSION, files, settings, sorted(tasks.ALIASES.items())])
+    text = json.dumps([VERSION, layout, files, settings, sorted(tasks.ALIASES.items())])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -112,11 +119,17 @@ def _groups(file: BinaryIO, problems: list[str]) -> Iterator[tuple[str, dict[str
 
 
 def _make(
-    shards: tuple[str, ...], filters: records.Filters | None, workers: int, progress: bool
+    shards: tuple[str, ...],
+    layout: str,
+    filters: records.Filters | None,
+    workers: int,
+    progress: bool,
 ) -> Index:
     report, rows, stems = Report(), collections.defaultdict(list), []
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-        results = pool.map(lambda n: _index_shard(n, shards[n], filters), range(len(shards)))
+        results = pool.map(
+            lambda n: _index_shard(n, shards[n], layout, filters), range(len(shards))
+        )
         for found, names, part in tqdm(
             results, "indexing", len(shards), unit="shard", disable=not progress
         ):
@@ -130,17 +143,18 @@ def _make(
         k: np.array(rows[k], dtype).reshape((-1, 2) if k in pairs else (-1,))
         for k, dtype in COLUMNS.items()
     }
-    return Index(shards, columns, np.array(stems, np.bytes_), np.arange(len(stems)), report)
+    names = np.array(stems, np.bytes_)
+    return Index(shards, columns, names, np.arange(len(stems)), report, layout)
 
 
 def _index_shard(
-    number: int, path: str, filters: records.Filters | None
+    number: int, path: str, layout: str, filters: records.Filters | None
 ) -> tuple[list[dict[str, Any]], list[bytes], Report]:
     report, rows, stems, problems = Report(), [], [], []
     with open(path, "rb") as file:
         for stem, members in _groups(file, problems):
             try:
-                row = _index_sample(file, members, filters)
+                row = _INDEXERS[layout](file, members, filters)
             except records.Dropped as e:
                 report.drop(str(e), f"{path}:{stem}")
                 continue
@@ -153,28 +167,61 @@ def _index_shard(
     return rows, stems, report
 
 
-def _index_sample(
+def _index_edit(
     file: BinaryIO, members: dict[str, Member], filters: records.Filters | None
 ) -> dict[str, Any]:
     if "json" not in members:
         raise records.Dropped("no JSON")
-    file.seek(members["json"].offset)
-    record = records.parse(file.read(members["json"].size))
-    task = records.task_of(record)
-    languages = sum(records.instructions(record))
-    if not languages:
-        raise records.Dropped("no instruction")
+    data = _read(file, members["json"])
+    record = records.parse(data)
+    row = {"task": records.task_of(record), "languages": sum(records.texts(data, records.EDITS))}
     if filters is not None:
         records.check_scores(record, filters)
-    row: dict[str, Any] = {"task": task, "languages": languages, "record": members["json"][1:3]}
+    row["record"] = members["json"][1:3]
     for role, stems in (("target", ("2",)), ("source", ("1.0", "1"))):
-        names = [f"{s}.{suffix}" for s in stems for suffix in IMAGE_SUFFIXES]
-        member = next((members[n] for n in names if n in members), None)
-        if member is None:
-            raise records.Dropped(f"no {role} image")
-        row[role] = member[1:3]
-        row[f"{role}_size"] = _image_size(file, member, role)
+        row |= _picture(file, members, role, stems)
     return row
+
+
+def _index_picture(
+    file: BinaryIO, members: dict[str, Member], filters: records.Filters | None
+) -> dict[str, Any]:
+    edit = any(f"2.{suffix}" in members for suffix in IMAGE_SUFFIXES)
+    # The text beside an edit is its instruction, which does not describe the target.
+    text, languages = None, 0
+    for name in ("json",) if edit else ("json", "txt"):
+        if name not in members:
+            continue
+        data = _read(file, members[name])
+        if filters is not None and name == "json":
+            records.check_scores(records.parse(data), filters)
+        languages = sum(records.captions(data))
+        if languages:
+            text = members[name]
+            break
+    if text is None:
+        raise records.Dropped("no caption")
+    row = {"task": 0, "languages": languages, "record": text[1:3]}
+    row |= {"source": (0, 0), "source_size": (0, 0)}
+    return row | _picture(file, members, "target", ("2",) if edit else ("",))
+
+
+_INDEXERS = {records.EDITS: _index_edit, records.PICTURES: _index_picture}
+
+
+def _read(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _picture(
+    file: BinaryIO, members: dict[str, Member], role: str, stems: Sequence[str]
+) -> dict[str, Any]:
+    names = [f"{s}.{suffix}" if s else suffix for s in stems for suffix in IMAGE_SUFFIXES]
+    member = next((members[n] for n in names if n in members), None)
+    if member is None:
+        raise records.Dropped(f"no {role} image")
+    return {role: member[1:3], f"{role}_size": _image_size(file, member, role)}
 
 
 def _image_size(file: BinaryIO, member: Member, role: str) -> tuple[int, int]:
@@ -206,7 +253,7 @@ def _save(index: Index, path: Path, key: str) -> None:
     os.replace(temporary, path.with_name("index_report.json"))
 
 
-def _load(path: Path, key: str) -> Index | None:
+def _load(path: Path, key: str, layout: str) -> Index | None:
     """The saved index, or None where there is none for these shards and settings."""
     try:
         with np.load(path) as saved:
@@ -220,4 +267,4 @@ def _load(path: Path, key: str) -> Index | None:
     counters = {k: collections.Counter(raw[k]) for k in ("kept", "dropped", "languages")}
     problems = [(s, p) for s, p in raw["problems"]]
     report = Report(**counters, names=raw["names"], problems=problems)
-    return Index(shards, columns, stems, np.arange(len(stems)), report)
+    return Index(shards, columns, stems, np.arange(len(stems)), report, layout)
