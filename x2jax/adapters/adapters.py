@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from x2jax.adapters.config import AdapterConfig
 from x2jax.adapters.moe_lora import MoELoRA
@@ -45,6 +45,7 @@ class Adapters(nnx.Module):
                 scale=cfg.scale,
                 series=path in cfg.series,
                 form=cfg.form,
+                dropout=cfg.dropout,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
@@ -77,6 +78,24 @@ class Adapters(nnx.Module):
             if cfg.tasks
             else None
         )
+
+    def drop(self, key: PRNGKeyArray) -> None:
+        """Switches dropout on, with a key for every projection of every block.
+
+        In place: for a module that was merged inside a step, and ends with it.
+        """
+        if not self.cfg.dropout:
+            return
+        projections = [
+            adapter
+            for blocks in (self.double_blocks, self.single_blocks)
+            for _, module in sorted((blocks or {}).items())
+            for _, adapter in sorted(module.items())
+        ]
+        for n, adapter in enumerate(projections):
+            # The blocks' scan hands each block its row, as it does with the parameters.
+            keys = jax.random.split(jax.random.fold_in(key, n), adapter.down.shape[0])
+            adapter.drop_key = nnx.data(keys)
 
     def task(self, task_B: Int[Array, "B"]) -> Float[Array, "B D"] | None:
         """Task embeddings, or None for adapters that do not route."""

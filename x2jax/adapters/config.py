@@ -24,6 +24,7 @@ class AdapterConfig:
         h = proj(attention); h = h + delta(h).
       tasks: rows of the task table; 0 where nothing is routed.
       form: "static" or "routed": the same function, see `moe_lora`.
+      dropout: probability with which training drops an input of an adapter's experts.
     """
 
     experts: int = 12
@@ -35,6 +36,7 @@ class AdapterConfig:
     series: tuple[str, ...] = ("img_attn/proj",)
     tasks: int = 16
     form: str = "static"
+    dropout: float = 0.0
 
     def __post_init__(self):
         unknown = [f"double: {n}" for n in self.double if n not in DOUBLE_PROJECTIONS]
@@ -50,6 +52,8 @@ class AdapterConfig:
             raise ValueError(f"a series adapter needs a square projection; {wide} are not")
         if self.form not in ("static", "routed"):
             raise ValueError(f"unknown form {self.form!r}: use 'static' or 'routed'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must be at least 0 and below 1")
         if self.experts and not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k {self.top_k} must be between 1 and experts {self.experts}")
         if bool(self.experts) != bool(self.tasks):

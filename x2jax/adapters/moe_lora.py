@@ -90,8 +90,18 @@ def _routed(x_BLD, down_DER, up_ERO, gate_BLE, top_k):
     return out.reshape(batch, length, -1)
 
 
+def drop_inputs(x: Float[Array, "..."], rate: float, key: Array) -> Float[Array, "..."]:
+    """Zeros entries with probability `rate` and scales up the rest, so that the mean stays."""
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
 class MoELoRA(nnx.Module):
-    """The adapter of one projection. Initially a zero delta: up projections are zero."""
+    """The adapter of one projection. Initially a zero delta: up projections are zero.
+
+    Attributes:
+      drop_key: PRNG key of dropout; None, as outside training, drops nothing.
+    """
 
     def __init__(
         self,
@@ -104,10 +114,12 @@ class MoELoRA(nnx.Module):
         scale: float,
         series: bool,
         form: str,
+        dropout: float = 0.0,
         param_dtype,
         rngs: nnx.Rngs,
     ):
         self.top_k, self.scale, self.series, self.form = top_k, scale, series, form
+        self.dropout, self.drop_key = dropout, nnx.data(None)
         down = jax.random.normal(rngs.params(), (in_width, experts + 1, rank), param_dtype) / rank
         self.down = nnx.Param(down)
         self.up = nnx.Param(jnp.zeros((experts + 1, rank, out_width), param_dtype))
@@ -132,5 +144,7 @@ class MoELoRA(nnx.Module):
                 raise ValueError("these adapters route by task: pass a task embedding")
             scores = gate_scores(x_BLD, task_BD, self.gate_x[...], self.gate_task[...])
             gate = top_k_gate(scores, self.top_k)
+        if self.dropout and self.drop_key is not None:
+            x_BLD = drop_inputs(x_BLD, self.dropout, self.drop_key)
         y = moe_lora(x_BLD, self.down[...], self.up[...], gate, top_k=self.top_k, form=self.form)
         return y if self.scale == 1 else y * self.scale
