@@ -23,6 +23,7 @@ from converters.vae_diffusers import vae_table
 from x2jax import sources
 from x2jax.adapters import Adapters
 from x2jax.alignnet import AlignNet, AlignNetConfig
+from x2jax.control import LightControl
 from x2jax.encoders.clip import CLIP_L, CLIPConfig, CLIPText
 from x2jax.encoders.qwen2_5_vl import QWEN2_5_VL_7B, Qwen2_5_VL, QwenConfig, VisionConfig
 from x2jax.encoders.t5 import T5_XXL, T5Config, T5Encoder
@@ -140,6 +141,11 @@ CHILDREN: dict[str, Child] = {
     ),
     "clip": Child(
         lambda c, p, rngs: CLIPText(c["clip"], rngs=rngs, **p.layers), "flux", _find_clip, CLIP_L
+    ),
+    "control": Child(
+        lambda c, p, rngs: LightControl(
+            c["control"], c["flux"], dtype=jnp.dtype(p.compute), rngs=rngs
+        )
     ),
 }
 

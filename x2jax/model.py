@@ -39,6 +39,7 @@ class Model(nnx.Module):
         self.t5 = build("t5")
         self.clip = build("clip")
         self.adapter = build("adapter")
+        self.control = build("control")
 
     def condition(self, text: Any) -> Condition:
         """Text features and pooled vector; the type of `text` says by which encoders.

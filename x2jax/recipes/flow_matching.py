@@ -145,8 +145,9 @@ class FlowMatching(Recipe):
         u_key, latent_key, noise_key = jax.random.split(key, 3)
         u = flow.sample_u(u_key, batch.task.shape, self.objective.density)
         flow_B, gram = self.flow_loss(
-            params, frozen, batch, flow.sigma_from_u(u), latent_key, noise_key
-        )
+            params, frozen, batch, flow.sigma_from_u(u), latent_key, noise_key,
+            train_key=jax.random.fold_in(key, 3),
+        )  # fmt: skip
         total = flow_B.mean()
         metrics = {"flow": total}
         if self.objective.contrastive:
@@ -168,9 +169,16 @@ class FlowMatching(Recipe):
         sigma_B: Float[Array, "B"],
         latent_key: PRNGKeyArray,
         noise_key: PRNGKeyArray,
+        train_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B"], Any]:
-        """Flow loss of every sample at given sigmas; Gram matrices by block (None if off)."""
+        """Flow loss of every sample at given sigmas; Gram matrices by block (None if off).
+
+        `train_key` is for what is random in training alone; None outside it.
+        """
         model: Model = self.skeleton.merge(params, frozen)
+        if train_key is not None and model.adapter is not None:
+            model.adapter.drop(train_key)
+        guidance = self.guidance(sigma_B.shape[0], train_key)
         clean = self._encode(model, batch, latent_key)
         is_target = clean.roles_BI == TARGET
         noise = jax.random.normal(noise_key, clean.tokens_BIC.shape)
@@ -179,10 +187,18 @@ class FlowMatching(Recipe):
         probe = None
         if self.objective.contrastive:
             probe = losses.GramProbe(is_target, stop_gradient=self.objective.stop_gradient)
-        out = self._velocity(model, stream, sigma_B, batch, self.objective.guidance, probe)
+        out = self._velocity(model, stream, sigma_B, batch, guidance, probe)
         weight = flow.weight(sigma_B, self.objective.density)
         target = noise - clean.tokens_BIC
         return losses.flow_loss(out.velocity_BIC, target, is_target, weight), out.seen.double
+
+    def guidance(self, count: int, train_key: PRNGKeyArray | None) -> Any:
+        """Guidance scale of `count` samples: a number, or one a sample."""
+        return self.objective.guidance
+
+    def control(self, model: Model, batch: Batch) -> Any:
+        """What FLUX takes as `control`; None for recipes without."""
+        return None
 
     def held_out(self, params: Params, frozen: Params, batch: Batch) -> Metrics:
         """Flow loss at fixed noise and evenly spread sigmas: comparable between steps and runs."""
@@ -228,7 +244,7 @@ class FlowMatching(Recipe):
 
     def _velocity(self, model, stream, sigma_B, batch, guidance, probe, text=None):
         txt, pooled = model.condition(batch.text) if text is None else text
-        scale = jnp.full(sigma_B.shape, guidance) if model.flux.cfg.guidance else None
+        scale = jnp.broadcast_to(guidance, sigma_B.shape) if model.flux.cfg.guidance else None
         return model.flux(
             stream,
             txt,
@@ -236,6 +252,7 @@ class FlowMatching(Recipe):
             sigma_B,
             scale,
             adapters=model.adapter,
+            control=self.control(model, batch),
             task_BD=None if model.adapter is None else model.adapter.task(batch.task),
             probe=probe,
             remat=self.config.remat,
