@@ -79,7 +79,8 @@ def inherited(recipe, config: Any) -> Params:
     # What was computed before is checked by the fingerprints of the features.
     params = {p: x for p, x in params.items() if p.split("/")[0] not in recipe.without}
     given = fit(params, recipe.skeleton.abstract, what)
-    lacking = [p for p in recipe.trainable_abstract if p.startswith("adapter/") and p not in given]
+    fresh = ("adapter/", "control/")
+    lacking = [p for p in recipe.trainable_abstract if p.startswith(fresh) and p not in given]
     if lacking:
         raise ValueError(f"{what} lacks parameters:\n" + "\n".join(f"  {p}" for p in lacking))
     return given
@@ -95,6 +96,9 @@ def train(config: Any, workdir: Path) -> Params:
     mesh = sharding.make_mesh(config.mesh)
     recipe = recipes.build(config, workdir)
     tx = optim.build(steps=config.steps, **config.optimizer)
+    # Rules of the optimizer that match nothing are found here, before weights are read.
+    create = lambda p: states.create(p, tx, config.ema_decay > 0)  # noqa: E731
+    abstract = jax.eval_shape(create, recipe.trainable_abstract)
 
     by_path = sharding.param_shardings(recipe.skeleton.abstract, mesh)
     with jax.set_mesh(mesh):
@@ -104,8 +108,6 @@ def train(config: Any, workdir: Path) -> Params:
         prints = recipe.fingerprints(frozen)
 
     checkpoints = Checkpointer(workdir, every=config.checkpoint_every, keep=config.keep)
-    create = lambda p: states.create(p, tx, config.ema_decay > 0)  # noqa: E731
-    abstract = jax.eval_shape(create, recipe.trainable_abstract)
     shardings = states.shardings(abstract, by_path, mesh)
     start = checkpoints.latest()
     if start is None:

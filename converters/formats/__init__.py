@@ -6,14 +6,23 @@ To add one: a table file in `converters/`, a module here with a tuple `FORMATS`,
 
 from pathlib import Path
 
-from converters.formats import alignnet, flux, qwen2_5_vl, qwen3, text_encoders, vae, x2edit
+from converters.formats import (
+    alignnet,
+    flux,
+    lightcontrol,
+    qwen2_5_vl,
+    qwen3,
+    text_encoders,
+    vae,
+    x2edit,
+)
 from converters.formats.base import Format, Part
 from converters.load import open_weights
 from converters.rules import WeightsError
 
 __all__ = ["FORMATS", "Format", "Part", "detect"]
 
-MODULES = (x2edit, flux, vae, qwen2_5_vl, qwen3, text_encoders, alignnet)
+MODULES = (x2edit, flux, vae, qwen2_5_vl, qwen3, text_encoders, alignnet, lightcontrol)
 """In the order in which a path is tried."""
 FORMATS: dict[str, Format] = {f.name: f for module in MODULES for f in module.FORMATS}
 

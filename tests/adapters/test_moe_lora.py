@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from x2jax.adapters import X2EDIT, X2EDIT_TINY, AdapterConfig, Adapters, MoELoRA, moe_lora
-from x2jax.adapters.moe_lora import gate_scores, top_k_gate
+from x2jax.adapters.moe_lora import drop_inputs, gate_scores, top_k_gate
 from x2jax.flux import FLUX_DEV, FLUX_TINY, SOURCE, TARGET, Flux, ImageStream
 
 B, L, D, E, R, O = 2, 7, 16, 5, 3, 12
@@ -82,6 +82,46 @@ def test_plain_lora_is_the_shared_expert_alone():
     module.up.set_value(jnp.asarray(a["up"][-1:]))
     expected = 0.5 * (a["x"] @ np.asarray(module.down[:, 0])) @ a["up"][-1]
     np.testing.assert_allclose(module(jnp.asarray(a["x"]), None), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_drops_the_experts_input():
+    """As PEFT has it: B A drop(x), the mean kept; the gate reads all of x."""
+    a = {k: jnp.asarray(v) for k, v in arrays().items()}
+    module = MoELoRA(
+        D, O, experts=E, rank=R, top_k=2, scale=1.0, series=False, form="static", dropout=0.4,
+        param_dtype=jnp.float32, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    for name, value in (("down", "down"), ("up", "up"), ("gate_x", "gx"), ("gate_task", "gt")):
+        getattr(module, name).set_value(a[value])
+    np.testing.assert_array_equal(module(a["x"], a["task"]), ours(a, "static"))
+    key = jax.random.key(3)
+    module.drop_key = nnx.data(key)
+    gate = top_k_gate(gate_scores(a["x"], a["task"], a["gx"], a["gt"]), 2)
+    keep = jax.random.bernoulli(key, 0.6, a["x"].shape)
+    expected = moe_lora(jnp.where(keep, a["x"] / 0.6, 0), a["down"], a["up"], gate)
+    np.testing.assert_allclose(module(a["x"], a["task"]), expected, rtol=1e-5, atol=1e-5)
+    many = jnp.ones((200, 100))
+    assert float(drop_inputs(many, 0.4, key).mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_every_block_and_projection_drops_by_its_own_key():
+    cfg = AdapterConfig(experts=0, tasks=0, series=(), rank=2, dropout=0.5)
+    adapters = Adapters(cfg, FLUX_TINY, rngs=nnx.Rngs(0))
+    adapters.drop(jax.random.key(0))
+    keys = [
+        jax.random.key_data(adapter.drop_key)
+        for blocks in (adapters.double_blocks, adapters.single_blocks)
+        for module in blocks.values()
+        for adapter in module.values()
+    ]
+    rows = np.concatenate(keys)
+    assert len(rows) == 4 * FLUX_TINY.double_blocks + 3 * FLUX_TINY.single_blocks
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    off = Adapters(dataclasses.replace(cfg, dropout=0.0), FLUX_TINY, rngs=nnx.Rngs(0))
+    off.drop(jax.random.key(0))
+    assert off.double_blocks["img_attn"]["q"].drop_key is None
+    with pytest.raises(ValueError, match=r"dropout 1.0 must be at least 0 and below 1"):
+        AdapterConfig(dropout=1.0)
 
 
 def test_initial_delta_is_zero_and_scales_are_as_published():

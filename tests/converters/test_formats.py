@@ -39,6 +39,15 @@ CONFIGS = {
     "vae-bfl": SMALL_VAE.to_diffusers(),
     "qwen2.5-vl": {**QWEN, **SMALL_VISION.to_transformers()},
     "alignnet": vars(AlignNetConfig(5, 12, 20, 6, "scale")),
+    "lightcontrol": dict(
+        stem=(4, 6, 8),
+        widths=(8, 16),
+        time_features=12,
+        time_width=10,
+        blocks=2,
+        width=24,
+        prefix="module.",
+    ),
 }
 PAIRS = [("flux-diffusers", "flux-bfl"), ("vae-diffusers", "vae-bfl")]
 

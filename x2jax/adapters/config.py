@@ -10,6 +10,22 @@ DOUBLE_PROJECTIONS = tuple(
 SINGLE_PROJECTIONS = ("attn/q", "attn/k", "attn/v", "attn/proj", "mlp/mlp_in", "mlp/mlp_out")
 
 
+def _of(names: tuple[str, ...], *parts: str) -> tuple[str, ...]:
+    return tuple(n for n in names if any(part in n for part in parts))
+
+
+PRESETS = {
+    "attention": (_of(DOUBLE_PROJECTIONS, "attn/"), _of(SINGLE_PROJECTIONS, "/q", "/k", "/v")),
+    "attention+mlp": (
+        DOUBLE_PROJECTIONS,
+        _of(SINGLE_PROJECTIONS, "/q", "/k", "/v", "mlp_in"),
+    ),
+    "all": (DOUBLE_PROJECTIONS, SINGLE_PROJECTIONS),
+}
+"""What a plain LoRA adapts: projections of double and of single blocks. Single blocks fuse the
+output projections of attention and MLP, which other tools adapt as one: "all" has both."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """A set of (MoE-)LoRA adapters.
@@ -66,3 +82,20 @@ class AdapterConfig:
 
 X2EDIT = AdapterConfig()
 X2EDIT_TINY = AdapterConfig(experts=4, rank=16)
+
+
+def plain_lora(*, preset: str, rank: int, alpha: float, dropout: float) -> AdapterConfig:
+    """A LoRA on the projections of a preset, its delta scaled by alpha / rank.
+
+    Raises:
+      ValueError: unknown preset, a rank below 1, or a dropout that is no probability below 1.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown adapter.preset {preset!r}: use one of {', '.join(PRESETS)}")
+    if rank < 1:
+        raise ValueError(f"rank {rank} must be at least 1")
+    double, single = PRESETS[preset]
+    return AdapterConfig(
+        experts=0, tasks=0, series=(), rank=rank, alpha=alpha, double=double, single=single,
+        dropout=dropout,
+    )  # fmt: skip

@@ -109,20 +109,21 @@ class EditData:
         """Batches of this process from the `start`-th on."""
         return self._loader.iterate(start)
 
-    def check(self, *, cell: int, tokens: int) -> None:
+    def check(self, *, cell: int, tokens: int, slots: int) -> None:
         """Raises ValueError where the buckets do not fit the VAE's grid or the token budget.
 
         Args:
           cell: pixels of a packed token along an edge.
           tokens: image-stream budget of a sample.
+          slots: images of a sample that become tokens.
         """
         uneven = [b for b in self.buckets if b[0] % cell or b[1] % cell]
         if uneven:
             raise ValueError(f"buckets {uneven} are no multiples of {cell} px, one packed token")
-        need = self.slots * max(w * h // cell**2 for w, h in self.buckets)
+        need = slots * max(w * h // cell**2 for w, h in self.buckets)
         if need > tokens:
             raise ValueError(
-                f"--config.objective.tokens={tokens} is too small: {self.slots} images a sample "
+                f"--config.objective.tokens={tokens} is too small: {slots} images a sample "
                 f"take up to {need} tokens"
             )
 

@@ -11,6 +11,9 @@ from x2jax.recipes.base import Recipe
 
 RECIPES = {
     "alignnet": "x2jax.recipes.alignnet.Distil",
+    "lightcontrol": "x2jax.recipes.lightcontrol.LightControl",
+    "lora": "x2jax.recipes.lora.LoRA",
+    "pretrain": "x2jax.recipes.pretrain.Pretrain",
     "x2edit": "x2jax.recipes.x2edit.X2Edit",
 }
 """Name in configs -> class."""

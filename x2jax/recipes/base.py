@@ -62,12 +62,12 @@ class Recipe:
     @classmethod
     def require(cls, config: Any) -> None:
         """Raises ValueError naming every source of weights and data that is unset."""
-        sources.require(config, (*options(cls.children), "data"))
+        sources.require(config, (*options(cls.parts(config)), "data"))
 
     @classmethod
     def open(cls, config: Any) -> "Recipe":
         """With the sources that a config names; loads nothing yet. Raises as `find_sources`."""
-        found = find_sources(config, cls.children, vision=cls.vision)
+        found = find_sources(config, cls.parts(config), vision=cls.vision)
         return cls(config, configs_of(found), found)
 
     @classmethod
@@ -77,9 +77,10 @@ class Recipe:
         Architectures come from the folders that the config names; where it names none at all, they
         are the published ones.
         """
-        if not any(config[option] for option in options(cls.children)):
-            return cls(config, published_configs(cls.children), {})
-        found = find_sources(config, cls.children, vision=cls.vision)
+        parts = cls.parts(config)
+        if not any(config[option] for option in options(parts)):
+            return cls(config, published_configs(parts), {})
+        found = find_sources(config, parts, vision=cls.vision)
         return cls(config, configs_of(found), {})
 
     def with_precomputed(self, workdir: Path) -> "Recipe":
@@ -89,6 +90,11 @@ class Recipe:
         return self
 
     # What a recipe says.
+
+    @classmethod
+    def parts(cls, config: Any) -> tuple[str, ...]:
+        """`children`, or what a config makes of them."""
+        return cls.children
 
     def fresh(self, configs: Mapping[str, Any]) -> dict[str, Any]:
         """Architectures of the children that start untrained, given those of the others."""

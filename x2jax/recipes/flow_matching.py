@@ -13,6 +13,7 @@ from x2jax.children import configs_of
 from x2jax.data import transforms
 from x2jax.data.batch import Batch
 from x2jax.data.edits import BUCKETS, EditData
+from x2jax.encoders.t5_clip import CLIP_LENGTH, T5ClipInputs, T5ClipTokenizer
 from x2jax.encoders.tokenize import TextInputs, TextTokenizer
 from x2jax.flux import TARGET
 from x2jax.model import Model
@@ -107,10 +108,15 @@ class FlowMatching(Recipe):
             **config.sampler,
             **features,
         )
-        data.check(cell=2 * self.configs["vae"].factor, tokens=self.objective.tokens)
+        cell, slots = 2 * self.configs["vae"].factor, self.stream_slots()
+        data.check(cell=cell, tokens=self.objective.tokens, slots=slots)
         return data
 
-    def tokenizer(self) -> TextTokenizer:
+    def stream_slots(self) -> int:
+        """Images of a sample that become tokens."""
+        return self.config.image.slots
+
+    def tokenizer(self) -> Any:
         """Instructions to what `Model.condition` takes."""
         text = self.config.text
         return TextTokenizer(self.found["mllm"].path, text.length, text.template)
@@ -265,3 +271,34 @@ class FlowMatching(Recipe):
         """Edits from fixed noise."""
         key = jax.random.key(0)
         return {"prediction": self.edit(params, frozen, batch, key, **self.config.preview)}
+
+
+ENCODERS = {"mllm": ("mllm", "alignnet"), "t5+clip": ("t5", "clip")}
+"""What reads the text, by the children that it takes."""
+
+
+class AnyText(FlowMatching):
+    """Flow matching on texts that `config.text.encoders`, one of `ENCODERS`, reads."""
+
+    children = ("flux", "vae")
+
+    @classmethod
+    def parts(cls, config: Any) -> tuple[str, ...]:
+        """Raises ValueError for unknown encoders."""
+        encoders = config.text.encoders
+        if encoders not in ENCODERS:
+            raise ValueError(
+                f"unknown text.encoders {encoders!r}: use one of {', '.join(ENCODERS)}"
+            )
+        return (*cls.children, *ENCODERS[encoders])
+
+    def tokenizer(self) -> Any:
+        if "t5" not in self.configs:
+            return super().tokenizer()
+        return T5ClipTokenizer(self.found["t5"].path.parent, self.config.text.length)
+
+    def text_shapes(self, batch: int) -> Any:
+        if "t5" not in self.configs:
+            return super().text_shapes(batch)
+        lengths = (self.config.text.length, CLIP_LENGTH)
+        return T5ClipInputs(*(jax.ShapeDtypeStruct((batch, n), "int32") for n in lengths))
