@@ -1,6 +1,7 @@
 """Recipes: what trains, on what, towards what. The loop, step and checkpoints are shared.
 
-A recipe is a `Recipe` in a file of its own, its name in `RECIPES`, and a config.
+A recipe is a `Recipe` in a file of its own and a config: docs/recipes.md writes one. Those that
+ship have a name in `RECIPES`; a config names others by their dotted path.
 """
 
 import importlib
@@ -20,15 +21,21 @@ RECIPES = {
 
 
 def recipe_class(name: str) -> type[Recipe]:
-    """The class of a recipe.
+    """The class of a recipe: a name here, or a dotted path such as `package.module.Class`.
 
     Raises:
-      ValueError: no such recipe.
+      ValueError: no such recipe, or no such class.
     """
-    if name not in RECIPES:
+    if name not in RECIPES and "." not in name:
         raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(RECIPES)}")
-    module, _, cls = RECIPES[name].rpartition(".")
-    return getattr(importlib.import_module(module), cls)
+    module, _, cls = RECIPES.get(name, name).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ModuleNotFoundError, AttributeError) as e:
+        raise ValueError(f"--config.recipe={name}: {e}; is its folder in PYTHONPATH?") from e
+    if not (isinstance(found, type) and issubclass(found, Recipe)):
+        raise ValueError(f"--config.recipe={name} is no x2jax.recipes.base.Recipe")
+    return found
 
 
 def build(config: Any, workdir: Path) -> Recipe:
