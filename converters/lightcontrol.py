@@ -11,8 +11,6 @@ from typing import Any, Protocol
 from converters.alignnet import prefix_of
 from converters.rules import CONV, Rule, T, Table, rule
 
-FILE = "diffusion_pytorch_model.bin"
-
 
 class ControlSizes(Protocol):
     """What the table reads of a configuration."""
@@ -80,6 +78,9 @@ def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     missing = [n for n in needed if n not in found]
     if missing:
         raise ValueError(f"not a LightControl: lacks {missing}; it has {sorted(found)[:5]}")
+    blocks = 1 + max(int(n.split(".")[0]) for n in found)
+    if blocks > len(found):  # a number in a small file must not make us build a large model
+        raise ValueError(f"not a LightControl: nets up to number {blocks}, {len(found)} tensors")
     levels = sum(n.startswith("0.down_res.") and n.endswith(".conv1.weight") for n in found)
     time_width, time_features = found["0.time_embedding.linear_1.weight"]
     return dict(
@@ -87,7 +88,7 @@ def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         widths=tuple(found[f"0.down_res.{k}.conv1.weight"][0] for k in range(levels)),
         time_features=time_features,
         time_width=time_width,
-        blocks=1 + max(int(n.split(".")[0]) for n in found),
+        blocks=blocks,
         width=found["0.mid_convs.1.weight"][0],
         prefix=prefix,
     )

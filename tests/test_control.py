@@ -216,6 +216,8 @@ def test_a_file_says_its_sizes(pair):
     assert ControlConfig(**found, groups=SMALL.groups) == SMALL
     with pytest.raises(ValueError, match="not a LightControl: lacks"):
         sizes({"module.0.weight": (1,)})
+    with pytest.raises(ValueError, match="nets up to number 1000000000"):
+        sizes(shapes | {"module.999999999.x": (1,)})
 
 
 def test_sizes_that_do_not_fit_are_refused(pair):

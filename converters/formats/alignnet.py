@@ -8,22 +8,10 @@ from typing import Any
 from flax import nnx
 
 from converters import alignnet
-from converters.formats.base import DIFFUSERS, F32, Format, Part, shapes_of
-from converters.load import open_weights
-from converters.rules import WeightsError
+from converters.formats.base import DIFFUSERS, F32, Format, Part, by_shapes, shapes_of
 from x2jax.alignnet import AlignNet, AlignNetConfig
 
-
-def read(path: Path) -> dict[str, Any]:
-    """Arguments of the `AlignNetConfig` of a file.
-
-    Raises:
-      WeightsError: it is not an AlignNet.
-    """
-    try:
-        return alignnet.sizes({n: tuple(x.shape) for n, x in open_weights(path).items()})
-    except ValueError as e:
-        raise WeightsError(f"weights in {path}", [str(e)]) from None
+read, _is_here = by_shapes(alignnet.sizes)
 
 
 def parts(config: Mapping[str, Any]) -> list[Part]:
@@ -37,13 +25,6 @@ def _comfyui(config: Mapping[str, Any]) -> list[Part]:
     (part,) = parts(config)
     file = str(Path(part.file).with_suffix(".pt"))
     return [dataclasses.replace(part, file=file, beside=dict(config))]
-
-
-def _is_here(path: Path) -> bool:
-    try:
-        return bool(read(path))
-    except (OSError, ValueError, ImportError):
-        return False
 
 
 FORMATS = (

@@ -140,6 +140,31 @@ def class_is(name: str) -> Callable[[Path], bool]:
     return check
 
 
+def by_shapes(
+    sizes: Callable[[Mapping[str, Shape]], dict[str, Any]],
+) -> tuple[Callable[[Path], dict[str, Any]], Callable[[Path], bool]]:
+    """`read` and `is_here` of a state dict without a config: its shapes say what it is.
+
+    Args:
+      sizes: external name -> shape, to a config; raises ValueError for other files, which `read`
+        passes on as WeightsError.
+    """
+
+    def read(path: Path) -> dict[str, Any]:
+        try:
+            return sizes({n: tuple(x.shape) for n, x in open_weights(path).items()})
+        except ValueError as e:
+            raise WeightsError(f"weights in {path}", [str(e)]) from None
+
+    def is_here(path: Path) -> bool:
+        try:
+            return bool(read(path))
+        except (OSError, ValueError, ImportError):
+            return False
+
+    return read, is_here
+
+
 def limited(
     config: dict[str, Any], tensors: Mapping[str, Any], *counts: str, at: str = ""
 ) -> dict[str, Any]:
