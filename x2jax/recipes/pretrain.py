@@ -38,7 +38,7 @@ class Pretrain(AnyText):
             raise ValueError(
                 f"--config.model.channels={flux.channels}: this VAE makes tokens of {channels}"
             )
-        where = {name: str(source.path) for name, source in self.found.items()}
+        where = dict.fromkeys(configs, "the published sizes") | self.source_paths
         check_fit({**configs, "flux": flux}, where)
         return {"flux": flux}
 
