@@ -19,6 +19,7 @@ from converters.lora_names import Layout
 from converters.merging import Merged, merge_note
 from converters.rules import WeightsError
 from converters.save import Exported, Held, Parameters
+from converters.trained_parts import PARTS, part_of
 from x2jax import trained
 from x2jax.trees import child
 
@@ -74,6 +75,8 @@ def export(
         if merge is not None:
             raise ValueError(f"--merge needs a base in --from; {source} is a trained adapter")
         found = trained.open_trained(source, step, ema=ema)
+        if isinstance(fmt, Format) and fmt.kind in PARTS:
+            return write(fmt, *part_of(found, fmt, source), out, dtype)
         plain = lora_files.is_plain(found.params)
         fits = ("lora-peft",) if plain else ("x2edit", bundle.NAME)
         if fmt is not None and fmt.name not in fits:

@@ -92,3 +92,19 @@ def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width=found["0.mid_convs.1.weight"][0],
         prefix=prefix,
     )
+
+
+def sizes_of_ours(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The same of our parameters, to be written as X2I saves them."""
+    convs = [f"nets/stem_convs/{k}/kernel" for k in range(3)]
+    levels = sum(p.endswith("/conv1/kernel") for p in shapes)
+    blocks, time_features, time_width = shapes["nets/time_in/in_layer/kernel"]
+    return dict(
+        stem=tuple(shapes[p][-1] for p in convs),
+        widths=tuple(shapes[f"nets/down_res/{k}/conv1/kernel"][-1] for k in range(levels)),
+        time_features=time_features,
+        time_width=time_width,
+        blocks=blocks,
+        width=shapes["nets/out/kernel"][-1],
+        prefix="module.",
+    )

@@ -14,7 +14,7 @@ from flax import nnx
 from torch import nn
 
 from converters.flux_diffusers import flux_table
-from converters.lightcontrol import control_table, sizes
+from converters.lightcontrol import control_table, sizes, sizes_of_ours
 from tests import parity
 from x2jax import sharding
 from x2jax.control import LIGHT_CONTROL, ControlConfig, LightControl
@@ -214,6 +214,8 @@ def test_a_file_says_its_sizes(pair):
     assert found.pop("prefix") == "module."
     assert found.pop("blocks") == FLUX.double_blocks and found.pop("width") == FLUX.width
     assert ControlConfig(**found, groups=SMALL.groups) == SMALL
+    ours = {p: tuple(x.shape) for p, x in Skeleton(pair[1]).abstract.items()}
+    assert sizes_of_ours(ours) == sizes(shapes)
     with pytest.raises(ValueError, match="not a LightControl: lacks"):
         sizes({"module.0.weight": (1,)})
     with pytest.raises(ValueError, match="nets up to number 1000000000"):
