@@ -142,9 +142,8 @@ def export(
     Raises:
       WeightsError: something that is no plain LoRA; every offender is listed.
     """
-    fields = {f.name for f in dataclasses.fields(AdapterConfig)}
-    adapter = {k: v for k, v in meta["config"]["adapter"].items() if k in fields}
-    cfg = AdapterConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in adapter.items()})
+    fields = {f.name for f in dataclasses.fields(AdapterConfig)} | {"preset"}
+    cfg = AdapterConfig.of({k: v for k, v in meta["config"]["adapter"].items() if k in fields})
     own = child(dict(params), "adapter")
     lost = [f"no place: {p} {x.shape}" for p, x in params.items() if not p.startswith("adapter/")]
     if cfg.series:

@@ -42,15 +42,14 @@ class Merged:
         Args:
           base: of a FLUX.1, paths relative to it.
           params: with `adapter/.../down` (blocks, in, 1, rank) and `.../up` (blocks, 1, rank, out).
-          adapter: arguments of its `AdapterConfig`.
+          adapter: what `AdapterConfig.of` takes.
           scale: strength; the adapter's own alpha / rank comes on top.
 
         Raises:
           WeightsError: a MoE-LoRA, or an adapter of another FLUX.1; every offender is listed.
         """
         self.specs: dict[str, Spec] = base.specs
-        lists = {k: tuple(v) for k, v in adapter.items() if isinstance(v, list)}
-        cfg = AdapterConfig(**{**adapter, **lists})
+        cfg = AdapterConfig.of(adapter)
         self._base, self._series = base, set(cfg.series)
         self._scale = np.float32(scale * cfg.scale)
         heads = [p.removesuffix("/down") for p in params if p.endswith("/down")]

@@ -55,7 +55,7 @@ def test_recipes_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match=r"recipes.lora.AnyTexts: .* has no attribute"):
         recipes.recipe_class("x2jax.recipes.lora.AnyTexts")
     with pytest.raises(ValueError, match=r"is no x2jax.recipes.base.Recipe"):
-        recipes.recipe_class("x2jax.recipes.lora.plain_lora")
+        recipes.recipe_class("x2jax.recipes.lora.AdapterConfig")
     with pytest.raises(ValueError, match="unknown recipe 'loras': use one of "):
         recipes.recipe_class("loras")
 

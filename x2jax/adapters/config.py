@@ -1,6 +1,8 @@
 """What is adapted, and with how many experts of which rank."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 DOUBLE_PROJECTIONS = tuple(
     f"{stream}_{name}"
@@ -74,6 +76,18 @@ class AdapterConfig:
             raise ValueError(f"top_k {self.top_k} must be between 1 and experts {self.experts}")
         if bool(self.experts) != bool(self.tasks):
             raise ValueError("routed experts need a task table, and only they do")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "AdapterConfig":
+        """Of a run's `config.adapter`: a preset of plain LoRA, or the arguments themselves.
+
+        Raises:
+          ValueError: as the constructor and `plain_lora`. TypeError: options that do not exist.
+        """
+        if "preset" in options:
+            return plain_lora(**options)
+        # JSON has lists only.
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
     @property
     def scale(self) -> float:

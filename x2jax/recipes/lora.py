@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from x2jax.adapters import plain_lora
+from x2jax.adapters import AdapterConfig
 from x2jax.recipes.flow_matching import AnyText
 
 
@@ -15,4 +15,4 @@ class LoRA(AnyText):
     """
 
     def fresh(self, configs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"adapter": plain_lora(**self.config.adapter)}
+        return {"adapter": AdapterConfig.of(self.config.adapter)}

@@ -14,4 +14,4 @@ class X2Edit(FlowMatching):
     precomputes = True
 
     def fresh(self, configs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"adapter": AdapterConfig(**self.config.adapter)}
+        return {"adapter": AdapterConfig.of(self.config.adapter)}
