@@ -63,6 +63,7 @@ class FlowMatching(Recipe):
         super().__init__(config, configs, found, without)
         self._features: Path | None = None
         self.objective = Objective(**config.objective)
+        self._edit = jax.jit(self.edit, static_argnames=("steps", "shift"))
 
     def with_precomputed(self, workdir: Path) -> "FlowMatching":
         """Without the children whose outputs are in `precomputed.folder`, if anything is there."""
@@ -270,7 +271,7 @@ class FlowMatching(Recipe):
     def preview(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
         """Edits from fixed noise."""
         key = jax.random.key(0)
-        return {"prediction": self.edit(params, frozen, batch, key, **self.config.preview)}
+        return {"prediction": self._edit(params, frozen, batch, key, **self.config.preview)}
 
 
 ENCODERS = {"mllm": ("mllm", "alignnet"), "t5+clip": ("t5", "clip")}
