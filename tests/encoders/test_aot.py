@@ -9,7 +9,8 @@ import pytest
 
 from x2jax.plan import HBM
 
-WEIGHTS = {"text": 7_615_616_512, "vision": 676_550_144}
+WEIGHTS = {"text": 7_615_616_512 - 152_064 * 3584, "vision": 676_550_144}
+"""Parameters that a pass reads: states need no output head."""
 
 
 @pytest.mark.slow
@@ -28,5 +29,5 @@ def test_a_pass_of_the_7b_fits_eight_v5e_chips(name):
     arguments, temporary, peak = (int(x) * 2**20 for x in found.groups())
     # Weights of two bytes, an eighth of them on each chip, and inputs.
     share = 2 * WEIGHTS[name] / 8
-    assert share < arguments < share + 2**28
+    assert share - 2**20 < arguments < share + 2**26
     assert temporary > 0 and peak < HBM["TPU v5 lite"] * 2**30 / 2
