@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     write.add_argument("--step", type=int, help="checkpoint of a run; default the newest")
     write.add_argument("--ema", action="store_true", help="the run's moving average")
     write.add_argument(
-        "--merge", type=Path, metavar="RUN", help="add the plain LoRA of this run or folder"
+        "--merge", type=Path, metavar="RUN", help="add the plain LoRA of this run or file"
     )
     write.add_argument("--scale", type=float, default=1.0, help="strength of the merged LoRA")
     write.add_argument(

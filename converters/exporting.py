@@ -16,11 +16,12 @@ from converters.formats.x2edit import x2edit_config
 from converters.importing import identity, open_parts
 from converters.load import Imported
 from converters.lora_names import Layout
-from converters.merging import Merged, merge_note
+from converters.merging import Merged, merge_note, open_adapter
 from converters.rules import WeightsError
 from converters.save import Exported, Held, Parameters
 from converters.trained_parts import PARTS, part_of
 from x2jax import trained
+from x2jax.flux import FluxConfig
 from x2jax.trees import child
 
 Source = Parameters | Mapping[str, Any]
@@ -63,7 +64,7 @@ def export(
       out: folder.
       step, ema: of a run, as `x2jax.trained.open_trained`; with `merge`, of that run.
       dtype: of all tensors; None for the format's own.
-      merge: a run, or a folder with an adapter, whose plain LoRA is added to the weights.
+      merge: a run, an imported LoRA, or a LoRA file, which is added to the weights.
       scale: what its deltas are multiplied with.
       config: of the model; None for what the files say.
 
@@ -100,7 +101,7 @@ def export(
     if merge is not None:
         if fmt.kind != "flux":
             raise ValueError(f"--merge adds a LoRA to a FLUX.1; {source} holds {fmt.kind} weights")
-        found = trained.open_trained(merge, step, ema=ema)
+        found = open_adapter(merge, FluxConfig.from_diffusers(base.config), step, ema=ema)
         params = Merged(base.params, found.params, found.meta["config"]["adapter"], scale)
         about["merged"] = merge_note(found.meta, scale)
         resume += json.dumps(about, default=str)

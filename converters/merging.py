@@ -1,14 +1,47 @@
 """A plain LoRA added to the weights that it adapts: one model, which needs no adapter any more."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from converters import lora_files
+from converters.load import open_weights
+from converters.lora import open_lora
+from converters.lora_names import FluxSizes
+from converters.lora_scale import read_settings
 from converters.rules import WeightsError
 from converters.safetensors_io import Spec
 from converters.save import Parameters
 from x2jax.adapters import AdapterConfig
+from x2jax.trained import Trained, open_trained
+
+
+def open_adapter(
+    path: Path, flux: FluxSizes, step: int | None = None, *, ema: bool = False
+) -> Trained:
+    """What a run trained, what import wrote, or a LoRA file in any community layout.
+
+    Args:
+      path: of it.
+      flux: sizes of the FLUX.1 that it belongs to.
+      step, ema: of a run, as `x2jax.trained.open_trained`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_trained` and `open_lora`.
+    """
+    layout = lora_files.detect(path)
+    if layout is None:
+        return open_trained(path, step, ema=ema)
+    if step is not None or ema:
+        raise ValueError(f"{path} is not a run: it has neither steps nor a moving average")
+    tensors = open_weights(path)
+    lora = open_lora(tensors, layout, flux, settings=read_settings(path, tensors.metadata))
+    lora_files.report(layout, lora)
+    params = {f"adapter/{p}": lora.read(p) for p in lora.specs}
+    return Trained(params, {"config": {"adapter": dataclasses.asdict(lora.config)}})
 
 
 def merge_note(meta: Mapping[str, Any], scale: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from converters.exporting import write
 from converters.load import Imported, open_weights
 from converters.rules import plan
 from tests import parity
+from tests.converters import loras
 from tests.converters.test_x2edit import make_run
 from tests.flux.test_parity import SMALL, inputs, run_ours, run_reference
 from x2jax.adapters import AdapterConfig, Adapters
@@ -201,6 +202,24 @@ def test_a_merged_lora_is_the_base_with_its_adapter(tmp_path, name):
     about = json.loads(open_weights(tmp_path / "merged").metadata["x2jax"])
     found = {k: about["merged"][k] for k in ("scale", "step", "rank", "alpha")}
     assert found == {"scale": 0.5, "step": 7, "rank": 4, "alpha": 6.0}
+
+
+@pytest.mark.parametrize("layout", ["lora-peft", "lora-kohya"])
+def test_a_lora_file_is_merged_as_diffusers_fuses_it(tmp_path, layout):
+    _, params = small_flux()
+    base = exported("flux-diffusers", SMALL.to_diffusers(), params, tmp_path / "base")
+    file = tmp_path / "lora" / "lora.safetensors"
+    loras.store(file, loras.lora_file(layout))
+    model = diffusers.FluxTransformer2DModel.from_pretrained(base)
+    plain = loras.run_diffusers(model)
+    assert loras.load_in_diffusers(model, file)
+    wanted = loras.run_diffusers(model)
+    options = ["--merge", str(file), "--scale", "1"]
+    assert run("export", base, tmp_path / "merged", *options) == 0
+    merged = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "merged")
+    found = loras.run_diffusers(merged)
+    parity.assert_parity([found], [wanted], 1e-4)
+    assert parity.distance([plain], [wanted]) > 1e-2
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path, capsys):
