@@ -89,8 +89,10 @@ def convert(*arguments: str) -> tuple[float, float, int]:
         [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
-    printed = child.stdout.read()
+    with child.stdout:
+        printed = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
     if status:
         raise RuntimeError(f"{arguments}: exit status {status}\n{printed}")
     seconds, used = map(float, printed.rsplit("seconds", 1)[1].split())
