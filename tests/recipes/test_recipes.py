@@ -55,15 +55,8 @@ def pretrain():
     return c
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lora,
-        pytest.param(lora_on_edits, marks=pytest.mark.slow),
-        pytest.param(lightcontrol, marks=pytest.mark.slow),
-        pytest.param(pretrain, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lora, lora_on_edits, lightcontrol, pretrain])
 def test_two_steps_and_two_more_equal_four(make, tmp_path):
     config, whole, cut = make(), tmp_path / "whole", tmp_path / "cut"
     train.train(config, whole)
