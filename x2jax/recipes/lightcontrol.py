@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from x2jax.control import Control, ControlConfig
 from x2jax.data.batch import Batch
@@ -37,9 +38,15 @@ class LightControl(FlowMatching):
     def control(self, model: Model, batch: Batch) -> Control:
         # DIFFERS: the published script shows the nets the target itself (`pixel_values_style` is
         # both), which no edit has at hand; here they see the source.
-        pixels = batch.pixels[:, 1].astype(jnp.float32) / 127.5 - 1
-        return model.control(pixels, batch.sizes[:, 1])
+        source = _pixels(batch)[:, 1].astype(jnp.float32) / 127.5 - 1
+        return model.control(source, batch.sizes[:, 1])
 
     def _encode(self, model: Model, batch: Batch, key: Any):
-        target = dataclasses.replace(batch, pixels=batch.pixels[:, :1], sizes=batch.sizes[:, :1])
-        return super()._encode(model, target, key)
+        pixels, sizes = _pixels(batch)[:, :1], batch.sizes[:, :1]
+        return super()._encode(model, dataclasses.replace(batch, pixels=pixels, sizes=sizes), key)
+
+
+def _pixels(batch: Batch) -> Array:
+    if batch.pixels is None:
+        raise ValueError("LightControl sees the source's pixels: precomputed latents lack them")
+    return batch.pixels
