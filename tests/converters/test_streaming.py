@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from converters import __main__ as cli
-from converters import chunks, formats, load, native
+from converters import chunks, formats, load, native, shards
 from converters.rules import T, Table, WeightsError, rule
 from converters.safetensors_io import Spec, Tensors, open_file, open_tensors, write
 from tests.converters.test_formats import SMALL_FLUX, published, rewrite, run
@@ -80,6 +81,25 @@ def test_a_write_that_was_cut_short_goes_on(tmp_path):
     whole = open_tensors(tmp_path)
     assert all(np.array_equal(whole[n], x) for n, x in arrays.items())
     assert not (tmp_path / ".m.partial").exists()
+
+
+def test_the_disk_begins_while_chunks_are_made(tmp_path, monkeypatch):
+    flushed, real = [], os.fdatasync
+    monkeypatch.setattr(shards, "FLUSH", 40)
+    monkeypatch.setattr(shards.os, "fdatasync", lambda fd: (flushed.append(fd), real(fd)))
+    arrays = some_arrays()
+    specs = {n: Spec(x.dtype, x.shape) for n, x in arrays.items()}
+    write(tmp_path / "m.safetensors", specs, arrays.__getitem__)
+    assert flushed
+    assert all(np.array_equal(open_tensors(tmp_path)[n], x) for n, x in arrays.items())
+
+    def full(fd):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(shards.os, "fdatasync", full)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path / "n.safetensors", specs, arrays.__getitem__)
+    assert [f.name for f in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 @pytest.mark.parametrize("change", ["source", "values", "shapes"])
