@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Torch's models are small here: its threads would mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 FLAGS = {
     "xla_force_host_platform_device_count": 4,
     # Tests compile a lot and compute little: a third less processor time.
