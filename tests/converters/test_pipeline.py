@@ -1,8 +1,13 @@
-"""The bundle for diffusers users: the same edit as x2jax, strict."""
+"""The bundle for diffusers users: the same edit as x2jax, strict, beside ordinary LoRAs."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import diffusers
 import jax
@@ -11,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from configs.x2edit import get_config
 from converters import __main__ as cli
+from tests.converters.loras import lora_file, store
 from x2jax import flow
 from x2jax.checkpoint import Checkpointer
 from x2jax.data.batch import Batch
@@ -30,6 +37,8 @@ from x2jax.trained import open_trained
 
 STEPS, GUIDANCE, TASK = 4, 2.5, "colour change"
 PROMPT = "make the red circle blue"
+FLUX = TINY / "flux"
+SHARING = Path(__file__).parents[2] / "docs" / "sharing.md"
 
 
 def config():
@@ -69,26 +78,6 @@ def bundle(tmp_path_factory, params):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The tiny FLUX as a whole diffusers folder."""
-    root = tmp_path_factory.mktemp("flux")
-    for part in ("transformer", "vae"):
-        shutil.copytree(TINY / "flux" / part, root / part)
-    diffusers.FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
-    ).save_pretrained(root / "scheduler")
-    index = {
-        "_class_name": "FluxPipeline",
-        "_diffusers_version": "0.30.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (root / "model_index.json").write_text(json.dumps(index))
-    return root
-
-
-@pytest.fixture(scope="module")
 def qwen():
     own = Qwen2_5_VLConfig.from_pretrained(TINY / "qwen")
     # The embedded family has no vision tower; transformers would make one of full size.
@@ -103,9 +92,9 @@ def qwen():
 
 
 @pytest.fixture(scope="module")
-def pipe(bundle, base, qwen):
+def pipe(bundle, qwen):
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        str(base), custom_pipeline=str(bundle), adapter=str(bundle), trust_remote_code=True, **qwen
+        str(FLUX), custom_pipeline=str(bundle), adapter=str(bundle), trust_remote_code=True, **qwen
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -187,20 +176,18 @@ def edit(pipe, ours, **kw):
         return out
 
     source = module_of(pipe).unpack(torch.tensor(ours.source), 8, 8)
-    pipe.scheduler.step = recorded
+    pipe.scheduler.step, pipe.encode = recorded, lambda *_: source
     try:
-        out = pipe(
-            **{"prompt": PROMPT, "task": TASK} | kw, image=picture(), source_latents=[source],
-            latents=torch.tensor(ours.noise),
-        )  # fmt: skip
+        call = {"prompt": PROMPT, "task": TASK} | kw
+        out = pipe(**call, image=picture(), latents=torch.tensor(ours.noise))
     finally:
-        del pipe.scheduler.step
+        del pipe.scheduler.step, pipe.encode
     return np.stack(steps), out.images[0]
 
 
 def test_the_edit_is_that_of_x2jax(pipe, ours):
     module = module_of(pipe)
-    tokens = module.tokenize(pipe.mllm_tokenizer, [PROMPT], **pipe.settings["text"])
+    tokens = module.tokenize(pipe.mllm_tokenizer, PROMPT, **pipe.settings["text"])
     with torch.no_grad():
         text = module.condition(pipe.mllm, pipe.alignnet, *tokens)
     for a, b in zip(text, ours.condition, strict=True):
@@ -213,6 +200,41 @@ def test_the_edit_is_that_of_x2jax(pipe, ours):
     # What the edit depends on: a difference that the comparison would not miss.
     for other in ({"task": "unknown"}, {"prompt": "x"}, {"guidance_scale": 1.0}):
         assert np.abs(edit(pipe, ours, **other)[0] - ours.steps).max() > 0.01, other
+
+
+def test_every_part_of_the_adapter_matters(pipe, ours):
+    """Perturbing any kind of tensor, in the first block of each kind, changes the velocity."""
+    s, module = pipe.settings, module_of(pipe)
+    ids = [module.positions(4, 4, i, s["source_offset"]) for i in (0, 1)]
+    tokens = module.tokenize(pipe.mllm_tokenizer, PROMPT, **s["text"])
+    noise, source = (torch.tensor(x[:, :16]) for x in (ours.noise, ours.source))
+    one = torch.ones(1)
+
+    @torch.no_grad()
+    def velocity():
+        text = module.condition(pipe.mllm, pipe.alignnet, *tokens)
+        v = module.velocity(
+            pipe.transformer, noise, source, torch.cat(ids), *text, one, 3.5 * one,
+            torch.tensor([5]),
+        )  # fmt: skip
+        return v.numpy()
+
+    expected, unseen = velocity(), []
+    np.testing.assert_allclose(velocity(), expected, atol=1e-6)
+    names = [n for n, _ in pipe.transformer.x2edit.named_parameters()]
+    assert len({n.split(".", 2)[2] for n in names if "blocks" in n}) == 3 * len("qkv") + 3
+    own = {
+        n: p for n, p in pipe.transformer.x2edit.named_parameters() if ".0." in n or "tasks" in n
+    }
+    generator = torch.Generator().manual_seed(0)
+    for name, p in [*own.items(), *pipe.alignnet.named_parameters()]:
+        kept = p.clone()
+        noisy = 0.5 * kept.square().mean().sqrt() * torch.randn(p.shape, generator=generator)
+        p.copy_(kept + noisy)
+        gap = np.abs(velocity() - expected).max()
+        p.copy_(kept)
+        unseen += [name] if gap < 1e-4 else []
+    assert unseen == ["conv.bias"], "a constant, which AlignNet's LayerNorm takes away again"
 
 
 def rewritten(bundle, folder, change):
@@ -236,14 +258,14 @@ def test_files_that_do_not_fit_are_refused_with_every_reason(pipe, bundle, tmp_p
     folder = rewritten(bundle, tmp_path / "bad", change)
     with pytest.raises(ValueError) as e:
         module_of(pipe).load(folder)
-    assert f"lora: missing {gone}" in str(e.value)
-    assert "lora: unknown extra" in str(e.value)
+    assert f"lora: {gone} is absent, expected (4, 256)" in str(e.value)
+    assert "lora: extra is (1,), expected absent" in str(e.value)
     assert f"lora: {bent} is (128, 15), expected (128, 16)" in str(e.value)
 
 
-def test_an_adapter_of_another_flux_is_refused_and_the_base_stays_as_it_was(pipe, bundle, base):
+def test_an_adapter_of_another_flux_is_refused_and_the_base_stays_as_it_was(pipe, bundle):
     module = module_of(pipe)
-    flux = diffusers.FluxTransformer2DModel.from_pretrained(base / "transformer")
+    flux = diffusers.FluxTransformer2DModel.from_pretrained(FLUX / "transformer")
     names = set(flux.state_dict())
     _, adapter, _ = module.load(bundle)
     module.apply(flux, adapter)
@@ -253,6 +275,105 @@ def test_an_adapter_of_another_flux_is_refused_and_the_base_stays_as_it_was(pipe
     del flux.transformer_blocks[2]
     with pytest.raises(ValueError, match=r"this FLUX has .* \(2, 6, 128\)"):
         module.apply(flux, adapter)
+
+
+def test_ordinary_loras_go_beside_it(pipe, ours, tmp_path):
+    without = edit(pipe, ours)[0]
+    file = store(tmp_path / "lora.safetensors", lora_file("lora-peft", flux=FLUX_TINY))
+    pipe.load_lora_weights(str(file), adapter_name="other")
+    beside = edit(pipe, ours)[0]
+    pipe.unload_lora_weights()
+    assert np.abs(beside - without).max() > 0.05
+    np.testing.assert_allclose(edit(pipe, ours)[0], without, atol=1e-5)
+
+
+def test_it_loads_from_its_own_folder(pipe, ours, bundle, qwen):
+    parts = {n: getattr(pipe, n) for n in ("vae", "scheduler")}
+    flux = diffusers.FluxTransformer2DModel.from_pretrained(FLUX / "transformer")
+    own = diffusers.DiffusionPipeline.from_pretrained(
+        str(bundle), adapter=str(bundle), trust_remote_code=True, transformer=flux, **parts, **qwen
+    )
+    own.set_progress_bar_config(disable=True)
+    assert np.abs(edit(own, ours)[0] - ours.steps).max() < 1e-3
+
+
+def test_the_readme_runs_and_both_ways_to_load_give_the_same(bundle, qwen, tmp_path, monkeypatch):
+    text = (bundle / "README.md").read_text()
+    first, second = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, flags=re.MULTILINE)
+    for line in re.findall(
+        r"^    (pipe.*\n(?:    .*\n)*?    \))", SHARING.read_text(), re.MULTILINE
+    ):
+        assert line.replace('"OUT"', "FOLDER") in text, "docs/sharing.md says otherwise"
+    for part in qwen.values():
+        part.save_pretrained(tmp_path / "qwen")
+    names = {"FLUX": str(FLUX), "QWEN": str(tmp_path / "qwen"), "FOLDER": str(bundle)}
+    first, count = re.subn("FLUX, QWEN, FOLDER = .*", "", textwrap.dedent(first))
+    first = first.replace("cpu_offload()", "cpu_offload(device='cpu')")
+    assert count == first.count("device=") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(bundle)
+    picture().save("in.png")
+    exec(first, names)
+    with Image.open("out.png") as out:
+        assert out.size == (64, 64)
+    one = names["pipe"]
+    one.remove_all_hooks()
+    exec(textwrap.dedent(second), names)
+    assert names["pipe"] is not one
+    call = {"image": picture(), "num_inference_steps": 1, "output_type": "latent"}
+    latents = [
+        p(PROMPT, **call, generator=torch.Generator().manual_seed(0)).images
+        for p in (one, names["pipe"])
+    ]
+    assert torch.equal(*latents) and latents[0].isfinite().all()
+
+
+OTHERS = [f for f in os.environ.get("X2JAX_DIFFUSERS", "").split(os.pathsep) if f]
+"""Folders with other versions of diffusers, transformers and peft; see docs/sharing.md."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("versions", ["installed", *OTHERS])
+def test_every_version_of_diffusers_draws_the_same(versions, pipe, ours, bundle, tmp_path):
+    source = module_of(pipe).unpack(torch.tensor(ours.source), 8, 8)
+    case = {"noise": torch.tensor(ours.noise), "source": source}
+    save_file(
+        case, tmp_path / "case.safetensors", {"call": json.dumps({"prompt": PROMPT, "task": TASK})}
+    )
+    store(tmp_path / "lora.safetensors", lora_file("lora-peft", flux=FLUX_TINY))
+    for name, at in {"bundle": bundle, "base": FLUX, "qwen": TINY / "qwen"}.items():
+        (tmp_path / name).symlink_to(at)
+    script, log = Path(__file__).with_name("run_bundle.py"), tmp_path / "log"
+    environment = os.environ | (
+        {} if versions == "installed" else {"PYTHONPATH": str(Path(versions).resolve())}
+    )
+    with log.open("w") as f:
+        done = subprocess.run(
+            [sys.executable, script, tmp_path], env=environment, stdout=f, stderr=f
+        )
+    assert done.returncode == 0, log.read_text()
+    with safe_open(tmp_path / "result.safetensors", "pt") as f:
+        found = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        used = Path(f.metadata()["at"])
+    if versions != "installed":
+        assert used.is_relative_to(Path(versions).resolve()), f"{used} was run instead"
+    for name in ("alone", "after"):
+        np.testing.assert_allclose(found[name].numpy(), ours.steps[-1], atol=1e-3, err_msg=name)
+    pipe.load_lora_weights(str(tmp_path / "lora.safetensors"), adapter_name="other")
+    beside = edit(pipe, ours)[0][-1]
+    pipe.unload_lora_weights()
+    assert np.abs(beside - ours.steps[-1]).max() > 0.05
+    np.testing.assert_allclose(found["beside"].numpy(), beside, atol=1e-3)
+
+
+def test_it_encodes_the_source_and_repeats_itself(pipe):
+    kw = {"image": picture(), "task": TASK, "output_type": "latent"}
+    a, b, c = (
+        pipe(PROMPT, **kw, generator=torch.Generator().manual_seed(s)).images for s in (0, 0, 1)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    with pytest.raises(ValueError, match="unknown task 'dance'"):
+        pipe(PROMPT, picture(), task="dance")
 
 
 def test_a_bundle_is_an_x2edit_adapter_too(bundle, params, tmp_path):
