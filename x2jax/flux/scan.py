@@ -4,12 +4,12 @@ A lane is one sample batch on its way through the blocks. Several lanes go throu
 together, so that a probe can compare them while both are there.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from x2jax.flux.layers import Context, DoubleTaps, SingleTaps
@@ -68,9 +68,10 @@ def scan_blocks(
     """`jax.lax.scan` of a block over stacked layers, with remat.
 
     Backwards, a probe that compares lanes needs the taps of the passive ones again. With remat and
-    `segment` 0 they are kept: one tensor a block. With `segment` = k, passive lanes are kept at
-    every k-th block only, and in the backward pass k blocks of them are computed once more: for n
-    blocks n / k + k tensors instead of n, for one more forward pass of the passive lanes.
+    `segment` 0 they are kept: one tensor a block, beside the one that remat keeps of active lanes.
+    With `segment` = k, all lanes are kept at every k-th block only, and in the backward pass k
+    blocks of them are computed once more: for n blocks n / k + k tensors a lane instead of n, for
+    one more forward pass.
 
     Args:
       body: (lanes, layer) -> (lanes, what the probe saw); taps of passive lanes are named `TAPS`.
@@ -78,7 +79,8 @@ def scan_blocks(
       layers: parameters, stacked on axis 0.
       passive: which lanes no gradient flows through.
       remat: "none" or a key of `REMAT_POLICIES`.
-      segment: blocks between two kept states of passive lanes; without effect under "none".
+      segment: blocks between two kept states of the lanes; without effect under "none" or where
+        no lane is passive.
 
     Raises:
       ValueError: unknown policy, or a negative segment.
@@ -101,10 +103,6 @@ def scan_blocks(
     segment = min(segment, count)
 
     def step(lanes, i):
-        lanes = tuple(
-            lane if is_passive else checkpoint_name(lane, "active")
-            for lane, is_passive in zip(lanes, passive, strict=True)
-        )
         # By index, not by slices of the stack: those would be copies of the weights.
         at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
         return block(lanes, jax.tree.map(at, layers))
@@ -112,14 +110,15 @@ def scan_blocks(
     def several(lanes, indices):
         return jax.lax.scan(step, lanes, indices)
 
-    # Active lanes are kept at every block, as without segments.
-    outer = jax.checkpoint(
-        several, policy=policies.save_only_these_names("active"), prevent_cse=False
-    )
+    def forgotten(lanes, indices, *, in_scan: bool):
+        keep = policies.nothing_saveable
+        return jax.checkpoint(several, policy=keep, prevent_cse=not in_scan)(lanes, indices)
+
     indices, whole = jnp.arange(count), count - count % segment
-    lanes, seen = jax.lax.scan(outer, lanes, indices[:whole].reshape(-1, segment))
+    by_segment = indices[:whole].reshape(-1, segment)
+    lanes, seen = jax.lax.scan(functools.partial(forgotten, in_scan=True), lanes, by_segment)
     seen = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), seen)
     if whole < count:
-        lanes, rest = outer(lanes, indices[whole:])
+        lanes, rest = forgotten(lanes, indices[whole:], in_scan=False)
         seen = jax.tree.map(lambda *x: jnp.concatenate(x), seen, rest)
     return lanes, seen
