@@ -125,7 +125,10 @@ def main() -> None:
     parser.add_argument("--family", help="folder of flux/ and qwen/; default the embedded family")
     parser.add_argument("--pictures", type=int, default=1024)
     args = parser.parse_args()
-    rows = [run(seed, args) for seed in range(args.seeds)]
+    rows = []
+    for seed in range(args.seeds):
+        rows.append(run(seed, args))
+        print(f"seed {seed}:", {k: round(v, 5) for k, v in rows[-1].items()}, flush=True)
     print(f"flow-matching loss of {args.pictures} pictures with unseen captions")
     print(f"  {'condition':20}" + "".join(f"   seed {k}" for k in range(len(rows))) + "  / teacher")
     for name in rows[0]:

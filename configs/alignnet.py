@@ -11,65 +11,45 @@
 
 from ml_collections import ConfigDict
 
-from x2jax import optim
+from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config of an MLLM: "" or "tiny", "7b", "3b"."""
     if arg not in ("", "tiny", "7b", "3b"):
         raise ValueError(f"unknown MLLM {arg!r}: use configs/alignnet.py, :7b or :3b")
-    c = ConfigDict()
-    c.recipe = "alignnet"
-    c.seed = 0
-
-    # Where things come from: folders in the public layouts, or "tiny" for the embedded family.
-    c.flux = ""  # diffusers folder with transformer/, vae/, text encoders and tokenizers
-    c.mllm = ""  # transformers folder of Qwen2.5-VL
-    c.data = ""  # globs of captions, with commas between, or "tiny:N" for N of the tiny world
-    c.init_from = ""  # another run's workdir, to start from its AlignNet
+    c = common.run(
+        "alignnet",
+        learning_rate=1e-4,
+        schedule="cosine",
+        warmup=100,
+        adamw=dict(weight_decay=1e-2),
+    )
+    # `data` is globs of captions, with commas between.
     c.released = "qwen2.5-vl-7b"  # whose AlignNet (x2jax/alignnet.py); "": one that fits the MLLM
     c.captions = ConfigDict(dict(key="caption"))  # JSON key, tar suffix or parquet column
-
-    # Batch: `batch_size` samples a micro-batch over all devices, `accumulate` of them a step.
-    c.batch_size = 8
-    c.accumulate = 1
-    c.steps = 57_000
-    c.log_every = 10
-    c.checkpoint_every = 1000
-    c.keep = 2
-    c.sample_every = 1000
-    c.held_out = 16
-
     c.trainable = (r"alignnet/.*",)
     c.objective = ConfigDict(
-        dict(size=1024, guidance=3.5, temperature=3.0, direction="student_teacher", segment=8)
-    )
-    c.text = ConfigDict(dict(length=512, template="raw"))
-    c.optimizer = ConfigDict(
-        optim.defaults(
-            learning_rate=1e-4, schedule="cosine", warmup=100, adamw=dict(weight_decay=1e-2)
+        dict(
+            size=1024,
+            guidance=3.5,
+            temperature=3.0,
+            direction="student_teacher",
+            text_weight=1.0,
+            segment=8,
         )
     )
-    c.ema_decay = 0.0  # 0 keeps no average
-    c.precision = ConfigDict(dict(compute="bfloat16", frozen="bfloat16"))
-    c.remat = "full"
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))
-    c.preview = ConfigDict(dict(steps=28, guidance=3.5, shift=True))
-
+    c.text = ConfigDict(dict(length=512, template="raw"))
+    c.steps = 57_000
     if arg == "3b":
         c.released = "qwen2.5-vl-3b"
         c.steps = 13_000
     elif arg != "7b":
-        c.flux = c.mllm = "tiny"
+        common.tiny_run(c)
         c.data = "tiny:20000"
         c.released = ""
-        c.steps = 600
-        c.checkpoint_every = c.sample_every = 200
         c.objective.size = 64
-        c.text.length = 64
-        c.optimizer.learning_rate = 2e-3
-        c.optimizer.warmup = 20
-        c.precision.update(compute="float32", frozen="float32")
-        c.remat = "none"
-        c.preview.steps = 16
+        # 64 tokens of image and of text, where FLUX has 4096 and 512: text is to count as little.
+        c.objective.text_weight = 1 / 8
+        c.optimizer.learning_rate = 4e-3
     return c.lock()

@@ -7,18 +7,16 @@ from ml_collections import ConfigDict
 from x2jax import optim
 
 
-def defaults(recipe: str, **optimizer: Any) -> ConfigDict:
-    """A config of full size that lacks only what its recipe adds; `optimizer` changes AdamW's."""
+def run(recipe: str, **optimizer: Any) -> ConfigDict:
+    """What every recipe has, at full size; `optimizer` changes AdamW's."""
     c = ConfigDict()
     c.recipe = recipe
     c.seed = 0
 
     # Where things come from: folders in the public layouts, or "tiny" for the embedded family.
-    c.flux = ""  # diffusers folder with transformer/ and vae/
+    c.flux = ""  # diffusers folder: transformer/, vae/, and where needed encoders and tokenizers
     c.mllm = ""  # transformers folder of Qwen2.5-VL
-    c.alignnet = ""  # AlignNet file or folder
-    c.data = ""  # glob of tar shards, or "tiny:N" for N rendered pairs
-    c.features = ""  # folder of x2jax.precompute; default features/ in the workdir, if it is there
+    c.data = ""  # glob of data files, or "tiny:N" for N samples of the tiny world
     c.init_from = ""  # another run's workdir, to start from its trainable tree
 
     # Batch: `batch_size` samples a micro-batch over all devices, `accumulate` of them a step.
@@ -31,6 +29,20 @@ def defaults(recipe: str, **optimizer: Any) -> ConfigDict:
     c.sample_every = 1000
     c.held_out = 16
 
+    c.optimizer = ConfigDict(optim.defaults(**optimizer))
+    c.ema_decay = 0.0  # 0 keeps no average
+    c.precision = ConfigDict(dict(compute="bfloat16", frozen="bfloat16"))
+    c.remat = "full"
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))
+    c.preview = ConfigDict(dict(steps=28, guidance=3.5, shift=True))
+    return c
+
+
+def defaults(recipe: str, **optimizer: Any) -> ConfigDict:
+    """A flow-matching config of full size that lacks only what its recipe adds."""
+    c = run(recipe, **optimizer)
+    c.alignnet = ""  # AlignNet file or folder
+    c.features = ""  # folder of x2jax.precompute; default features/ in the workdir, if it is there
     c.objective = ConfigDict(
         dict(
             density="uniform",
@@ -42,16 +54,11 @@ def defaults(recipe: str, **optimizer: Any) -> ConfigDict:
             tokens=2048,
         )
     )
-    c.text = ConfigDict(dict(length=512, template="raw", language="mixed"))
+    # `pictures`: the MLLM reads an instruction together with the sample's sources, as in X2I.
+    c.text = ConfigDict(dict(length=512, template="raw", language="mixed", pictures=False))
     c.image = ConfigDict(dict(buckets="512", slots=2))
     c.sampler = ConfigDict(dict(alpha=0.0))
     c.workers = 8
-    c.optimizer = ConfigDict(optim.defaults(**optimizer))
-    c.ema_decay = 0.0  # 0 keeps no average
-    c.precision = ConfigDict(dict(compute="bfloat16", frozen="bfloat16"))
-    c.remat = "full"
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))
-    c.preview = ConfigDict(dict(steps=28, guidance=3.5, shift=True))
     return c
 
 
@@ -62,19 +69,25 @@ def large(c: ConfigDict) -> None:
     c.objective.tokens = 4096 * c.image.slots
 
 
-def tiny(c: ConfigDict) -> None:
-    """The embedded family and its procedural world, in minutes on CPU."""
-    c.flux = c.mllm = c.alignnet = "tiny"
-    c.data = "tiny:4096"
-    c.batch_size = 16
+def tiny_run(c: ConfigDict) -> None:
+    """The embedded family, in minutes on CPU."""
+    c.flux = c.mllm = "tiny"
     c.steps = 600
     c.checkpoint_every = c.sample_every = 200
-    c.objective.update(source_offset=16, tokens=64 * c.image.slots)
     c.text.length = 64
-    c.image.buckets = "tiny"
-    c.workers = 0
     c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup = 20
     c.precision.update(compute="float32", frozen="float32")
     c.remat = "none"
     c.preview.steps = 16
+
+
+def tiny(c: ConfigDict) -> None:
+    """The embedded family on edits of its procedural world."""
+    tiny_run(c)
+    c.alignnet = "tiny"
+    c.data = "tiny:4096"
+    c.batch_size = 16
+    c.objective.update(source_offset=16, tokens=64 * c.image.slots)
+    c.image.buckets = "tiny"
+    c.workers = 0

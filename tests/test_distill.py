@@ -80,11 +80,10 @@ def _terms(found, wanted, given, direction):
     return [a.detach().numpy() for a in (*terms, loss, given[0].grad, given[1].grad)]
 
 
-def make_loss(flux, x, teacher, *, stream=None, remat="none", segment=0, direction=None):
+def make_loss(flux, x, teacher, *, stream=None, remat="none", segment=0, **options):
     if stream is None:
         positions = jnp.broadcast_to(x["positions"], (*x["img"].shape[:2], 3))
         stream = ImageStream(x["img"], jnp.full(x["img"].shape[:2], TARGET), positions)
-    options = {} if direction is None else {"direction": direction}
     probe = distill.DistillProbe(stream.roles_BI != PAD, **options)
 
     def loss(student):
@@ -166,6 +165,22 @@ def test_padding_does_not_count():
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()))
+
+
+def test_text_tokens_count_as_much_as_they_are_told():
+    flux, x = build(CFG, reference(CFG)), inputs(CFG)
+    teacher, student = conditions(1), conditions(2)
+    none, half, full = (
+        run_ours(make_loss(flux, x, teacher, text_weight=w), student) for w in (0.0, 0.5, 1.0)
+    )
+    for a, b, c in zip(none, half, full, strict=True):
+        np.testing.assert_allclose((a + c) / 2, b, atol=1e-5 * max(1, np.abs(c).max()))
+    img, txt, single = zip(none[:3], full[:3], strict=True)
+    np.testing.assert_array_equal(*img)
+    assert not txt[0].any() and txt[1].all()
+    assert (single[0] > 0).all() and (single[0] < single[1]).all()
+    with pytest.raises(ValueError, match="text_weight -1"):
+        make_loss(flux, x, teacher, text_weight=-1)
 
 
 def test_terms_that_are_not_finite_are_dropped_counted_and_harmless():

@@ -30,7 +30,7 @@ def log_probabilities(x: Float[Array, "... D"], temperature: float) -> Float[Arr
 def divergence(
     student_BLD: Float[Array, "B L D"],
     teacher_BLD: Float[Array, "B L D"],
-    valid_BL: Bool[Array, "B L"] | None,
+    weight_BL: Float[Array, "B L"] | None,
     temperature: float,
     direction: str,
 ) -> Float[Array, "B"]:
@@ -38,7 +38,7 @@ def divergence(
 
     Args:
       student_BLD, teacher_BLD: the same tensor under either conditioning.
-      valid_BL: tokens that count; None for all.
+      weight_BL: what a token counts; None for 1 each. Where it is 0 no value matters.
       temperature: 3 in the releases.
       direction: "student_teacher" is KL(student || teacher), as published; "teacher_student" the
         other one.
@@ -49,7 +49,9 @@ def divergence(
         kl_BL = (jnp.exp(student) * (student - teacher)).sum(-1)
     else:
         kl_BL = (jnp.exp(teacher) * (teacher - student)).sum(-1)
-    return (kl_BL if valid_BL is None else jnp.where(valid_BL, kl_BL, 0)).sum(-1)
+    if weight_BL is not None:
+        kl_BL = jnp.where(weight_BL > 0, weight_BL * kl_BL, 0)
+    return kl_BL.sum(-1)
 
 
 class Term(NamedTuple):
@@ -79,33 +81,45 @@ class DistillProbe(Probe):
       valid_BI: image tokens that count: no padding.
       temperature: of the distributions.
       direction: one of `DIRECTIONS`.
+      text_weight: what a text token counts, an image token counting 1.
     """
 
     valid_BI: Bool[Array, "B I"]
     temperature: float = 3.0
     direction: str = "student_teacher"
+    text_weight: float = 1.0
 
     def __post_init__(self):
         if self.direction not in DIRECTIONS:
             raise ValueError(
                 f"unknown direction {self.direction!r}: use one of {', '.join(DIRECTIONS)}"
             )
+        if self.text_weight < 0:
+            raise ValueError(f"text_weight {self.text_weight}: needs 0 or more")
 
     def double(self, *taps: DoubleTaps) -> DoubleTerms:
         teacher, student = taps
         return DoubleTerms(
-            self._term(student.img_attn_BID, teacher.img_attn_BID, self.valid_BI),
-            self._term(student.txt_attn_BTD, teacher.txt_attn_BTD, None),
+            self._term(student.img_attn_BID, teacher.img_attn_BID, text=0),
+            self._term(student.txt_attn_BTD, teacher.txt_attn_BTD, text=None),
         )
 
     def single(self, *taps: SingleTaps) -> Term:
         teacher, student = taps
         text = student.attn_BLD.shape[1] - self.valid_BI.shape[1]
-        valid_BL = jnp.pad(self.valid_BI, ((0, 0), (text, 0)), constant_values=True)
-        return self._term(student.attn_BLD, teacher.attn_BLD, valid_BL)
+        return self._term(student.attn_BLD, teacher.attn_BLD, text=text)
 
-    def _term(self, student, teacher, valid_BL) -> Term:
-        kl = lambda s, t: divergence(s, t, valid_BL, self.temperature, self.direction)  # noqa: E731
+    def _term(self, student, teacher, *, text: int | None) -> Term:
+        """Of a tensor that begins with `text` tokens of text; None where it has no others."""
+        if text is None:
+            weight_BL = jnp.full(student.shape[:2], self.text_weight)
+        else:
+            weight_BL = jnp.pad(
+                self.valid_BI.astype(jnp.float32),
+                ((0, 0), (text, 0)),
+                constant_values=self.text_weight,
+            )
+        kl = lambda s, t: divergence(s, t, weight_BL, self.temperature, self.direction)  # noqa: E731
         dropped_B = ~jnp.isfinite(kl(jax.lax.stop_gradient(student), teacher))
         # Its gradient would not be finite either, were it only masked afterwards.
         student, teacher = (jnp.where(dropped_B[:, None, None], 0, x) for x in (student, teacher))

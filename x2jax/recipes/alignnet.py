@@ -46,6 +46,7 @@ class Objective:
       guidance: guidance scale, for bases that have a guidance embedder.
       temperature: of the feature distributions.
       direction: one of `distill.DIRECTIONS`.
+      text_weight: what a text token counts in the loss, an image token counting 1.
       segment: blocks between two kept states of the teacher; 0 keeps its tensors
         (`x2jax.flux.scan.scan_blocks`).
     """
@@ -54,6 +55,7 @@ class Objective:
     guidance: float
     temperature: float
     direction: str
+    text_weight: float
     segment: int
 
 
@@ -169,7 +171,9 @@ class Distil(Recipe):
             model.condition(batch.student),
             jnp.ones(len(batch.sample_id)),
             self._guidance(model, batch, how.guidance),
-            probe=distill.DistillProbe(img.roles_BI == TARGET, how.temperature, how.direction),
+            probe=distill.DistillProbe(
+                img.roles_BI == TARGET, how.temperature, how.direction, how.text_weight
+            ),
             remat=self.config.remat,
             segment=how.segment,
         )
