@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from x2jax.data.caption_index import CaptionIndex, build_index
+from x2jax.data.tiny_world import count_of
 
 Tokenize = Callable[[list[str]], Any]
 
@@ -164,12 +165,9 @@ def written(data: str, workdir: Path) -> str:
     Raises:
       ValueError: "tiny:" without a number.
     """
-    if not data.startswith("tiny:"):
+    count = count_of(data)
+    if count is None:
         return data
-    try:
-        count = int(data.removeprefix("tiny:"))
-    except ValueError:
-        raise ValueError(f"--config.data={data}: write tiny:N, N captions to make") from None
     from x2jax.tiny import captions, world
 
     path = workdir / "data" / f"captions-{count}.jsonl"

@@ -11,6 +11,7 @@ from x2jax.data.batch import Batch
 from x2jax.data.features import Features
 from x2jax.data.loader import Loader, Reader
 from x2jax.data.tar_index import build_index, split_held_out
+from x2jax.data.tiny_world import count_of
 from x2jax.encoders.tokenize import TextTokenizer
 
 BUCKETS = {
@@ -134,12 +135,9 @@ def shards(data: str, workdir: Path, buckets) -> str:
     Raises:
       ValueError: "tiny:" without a number.
     """
-    if not data.startswith("tiny:"):
+    count = count_of(data)
+    if count is None:
         return data
-    try:
-        count = int(data.removeprefix("tiny:"))
-    except ValueError:
-        raise ValueError(f"--config.data={data}: write tiny:N, N edit pairs to render") from None
     from x2jax.tiny.shards import write_shards
 
     folder = workdir / "data" / f"{count}"
