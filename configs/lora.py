@@ -38,5 +38,4 @@ def get_config(arg: str = "") -> ConfigDict:
         common.large(c)
     else:
         common.tiny(c)
-        c.text.encoders = "mllm"
     return c.lock()
