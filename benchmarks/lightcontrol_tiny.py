@@ -3,7 +3,8 @@
     python -m benchmarks.lightcontrol_tiny [--steps 200] [--seeds 3]
 
 Trains the same nets twice a seed, on the same batches from the same start: once they see the
-source, once a blank picture. The world says which pixels of a held-out edit must stay
+source, once a blank picture. The MLLM reads the instruction, and with `--pictures-to-mllm` sees the
+source too, in both arms. The world says which pixels of a held-out edit must stay
 (`x2jax.tiny.edits.Edit.keep_mask`); the error there is the mean absolute difference to the target,
 of 255, after sampling from the same noise. The untrained base stands beside it, and the error over
 the pixels that the edit changes.
@@ -22,6 +23,7 @@ from configs.lightcontrol import get_config
 from x2jax import optim, recipes, sharding
 from x2jax import state as states
 from x2jax.data.batch import Batch
+from x2jax.edit_text import read
 from x2jax.samples import to_uint8
 from x2jax.step import make_step
 from x2jax.tiny import edits
@@ -35,10 +37,11 @@ def held_out(count: int, tokenize) -> tuple[Batch, np.ndarray]:
     """Edits of a stream that no training set draws from, and the pixels that they keep."""
     found = [edits.edit(987, k, TASKS[k % len(TASKS)]) for k in range(count)]
     pixels = np.stack([np.stack([e.target, e.source]) for e in found])
+    sizes = np.full((count, 2, 2), EDGE, np.int32)
     batch = Batch(
         pixels=pixels,
-        sizes=np.full((count, 2, 2), EDGE, np.int32),
-        text=tokenize([e.instruction_en for e in found]),
+        sizes=sizes,
+        text=read(tokenize, [e.instruction_en for e in found], pixels, sizes),
         task=np.array([e.task for e in found], np.int32),
         sample_id=np.arange(count, dtype=np.int32),
     )
@@ -55,10 +58,11 @@ def blank(batch: Batch) -> Batch:
 class Arena:
     """One recipe, one compiled step and sampler, for all seeds and both arms."""
 
-    def __init__(self, steps: int, batch_size: int, pictures: int, workdir: Path):
+    def __init__(self, steps: int, batch_size: int, pictures: int, seen: bool, workdir: Path):
         self.config = get_config().unlock()
         self.config.update(steps=steps, batch_size=batch_size, data=f"tiny:{pictures}", held_out=2)
         self.config.text.language = "en"
+        self.config.text.pictures = seen
         self.recipe = recipes.build(self.config, workdir)
         mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
         self.by_path = sharding.param_shardings(self.recipe.skeleton.abstract, mesh)
@@ -98,10 +102,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=2048, help="edits to train on")
+    parser.add_argument("--pictures-to-mllm", action="store_true", help="it sees the source too")
     args = parser.parse_args()
     shown = {"sees the source": lambda b: b, "sees a blank": blank}
     with tempfile.TemporaryDirectory() as folder:
-        arena = Arena(args.steps, args.batch, args.pictures, Path(folder))
+        arena = Arena(args.steps, args.batch, args.pictures, args.pictures_to_mllm, Path(folder))
         print(f"{args.steps} steps of {args.batch}; mean absolute error of 255, kept / changed")
         base = arena.errors(arena.start(0).params, blank)
         print(f"  untrained base            {base[0]:6.2f} / {base[1]:6.2f}", flush=True)

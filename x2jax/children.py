@@ -25,7 +25,13 @@ from x2jax.adapters import Adapters
 from x2jax.alignnet import AlignNet, AlignNetConfig
 from x2jax.control import LightControl
 from x2jax.encoders.clip import CLIP_L, CLIPConfig, CLIPText
-from x2jax.encoders.qwen2_5_vl import QWEN2_5_VL_7B, Qwen2_5_VL, QwenConfig, VisionConfig
+from x2jax.encoders.qwen2_5_vl import (
+    QWEN2_5_VL_7B,
+    QWEN2_5_VL_7B_VISION,
+    Qwen2_5_VL,
+    QwenConfig,
+    VisionConfig,
+)
 from x2jax.encoders.t5 import T5_XXL, T5Config, T5Encoder
 from x2jax.encoders.vae import FLUX_VAE, VAE, VAEConfig
 from x2jax.flux import FLUX_DEV, Flux, FluxConfig
@@ -210,9 +216,16 @@ def configs_of(found: Mapping[str, Source]) -> dict[str, Any]:
     return {name: source.config for name, source in found.items()}
 
 
-def published_configs(names: Iterable[str]) -> dict[str, Any]:
-    """Architectures by child as published: FLUX.1-dev, Qwen2.5-VL-7B and its AlignNet."""
-    return {name: CHILDREN[name].published for name in names}
+def published_configs(names: Iterable[str], *, vision: bool = False) -> dict[str, Any]:
+    """Architectures by child as published: FLUX.1-dev, Qwen2.5-VL-7B and its AlignNet.
+
+    Args:
+      vision: whether the MLLM brings its vision tower.
+    """
+    configs = {name: CHILDREN[name].published for name in names}
+    if vision and "mllm" in configs:
+        configs["mllm"] = dataclasses.replace(configs["mllm"], vision=QWEN2_5_VL_7B_VISION)
+    return configs
 
 
 def load_child(

@@ -23,7 +23,7 @@ from x2jax.encoders.media import open_image, read_video
 from x2jax.encoders.qwen2_5_vl import Media, VisionConfig, VisionInputs
 from x2jax.encoders.qwen2_5_vl.positions import mrope_positions
 from x2jax.encoders.qwen2_5_vl.preprocess import image_patches, pack, smart_resize, video_patches
-from x2jax.encoders.tokenize import fingerprint_of, left_padded, open_tokenizer
+from x2jax.encoders.tokenize import fingerprint_of, left_padded, longest_prefix, open_tokenizer
 
 Message = Mapping[str, Any]
 Conversation = str | Sequence[Message]
@@ -62,6 +62,7 @@ class Conditioner:
     Attributes:
       length: budget of prompt tokens, those of images and videos included.
       patches: budget of patches a sample.
+      truncated: how many conversations were cut.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Conditioner:
         length: int = 512,
         images: int = 4,
         edge: int = EDGE,
+        cut: bool = False,
     ):
         """Opens the tokenizer of a transformers folder.
 
@@ -82,6 +84,8 @@ class Conditioner:
           images: how many images a conversation may have; two frames of a video count as one. 0
             leaves the tower out of the program.
           edge: pixels a side of an image, brought to whole tokens: 128 is 140 for Qwen2.5-VL.
+          cut: whether the last message's text is cut at its end where a conversation has too many
+            tokens, as training does; else that is an error.
 
         Raises:
           ValueError: no tokenizer, or one without a chat template or a pad token.
@@ -89,10 +93,10 @@ class Conditioner:
         self._tokenizer = open_tokenizer(folder)
         self._folder, self._vision = folder, vision
         self.length, self.images, self.edge, self.patches = length, images, edge, 0
+        self._cut, self.truncated = cut, 0
         if vision is not None:
-            free = dict(min_pixels=1, max_pixels=1 << 30)
-            self._size = smart_resize(edge, edge, factor=vision.factor, **free)
-            self.patches = images * self._size[0] * self._size[1] // vision.patch**2
+            self._size = resized(edge, vision)
+            self.patches = patch_budget(images, edge, vision)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -216,6 +220,10 @@ class Conditioner:
                 f"({self.images} images of {self.edge} px): send fewer, or raise `images`"
             )
         ids = self._tokens(messages, media)
+        if len(ids) > self.length and self._cut:
+            self.truncated += 1
+            fits = lambda text: len(self._tokens(_ending(messages, text), media)) <= self.length  # noqa: E731
+            ids = self._tokens(_ending(messages, longest_prefix(_end(messages), fits)), media)
         if len(ids) > self.length:
             seen = sum(self._vision.tokens(m.grid) for m in media) if self._vision else 0
             raise ValueError(
@@ -279,6 +287,57 @@ class Conditioner:
         media = [m for _, m in rows]
         positions, deltas = mrope_positions(ids, mask, media, self._vision)
         return MessageInputs(ids, mask, positions, deltas, pack(media, self._vision, self.patches))
+
+
+def message_shapes(
+    batch: int, *, length: int, images: int, edge: int, vision: VisionConfig
+) -> MessageInputs:
+    """Shapes of what a `Conditioner` makes of `batch` conversations."""
+
+    def array(dtype: str, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    patches = patch_budget(images, edge, vision)
+    return MessageInputs(
+        array("int32", length),
+        array("bool", length),
+        array("int32", length, 3),
+        array("int32"),
+        VisionInputs(
+            array("float32", patches, vision.patch_width),
+            array("int32", patches, 2),
+            array("int32", patches),
+            array("int32", patches),
+            array("int32", patches // vision.merge**2),
+        ),
+    )
+
+
+def resized(edge: int, vision: VisionConfig) -> tuple[int, int]:
+    """(height, width) in pixels of a square image of `edge` pixels in whole tokens."""
+    return smart_resize(edge, edge, factor=vision.factor, min_pixels=1, max_pixels=1 << 30)
+
+
+def patch_budget(images: int, edge: int, vision: VisionConfig) -> int:
+    """Patches of so many square images."""
+    height, width = resized(edge, vision)
+    return images * height * width // vision.patch**2
+
+
+def _end(messages: list[dict[str, Any]]) -> str:
+    """The text that the last message ends with; empty where it ends with something else."""
+    content = messages[-1]["content"]
+    return content if isinstance(content, str) else content[-1].get("text", "")
+
+
+def _ending(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The same messages with another text at the end."""
+    content = messages[-1]["content"]
+    if isinstance(content, str):
+        content = text
+    elif content[-1]["type"] == "text":
+        content = [*content[:-1], {"type": "text", "text": text}]
+    return [*messages[:-1], messages[-1] | {"content": content}]
 
 
 def _parsed(conversation: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:

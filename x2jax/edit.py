@@ -1,5 +1,7 @@
 """Edits an image: `python -m x2jax.edit --model RUN --image in.png --prompt '...' --out out.png`.
 
+What was trained on captions draws instead: leave out --image, and give --size if you like.
+
 RUN is the workdir of a training run, a folder of `python -m converters import`, or a folder with an
 X2Edit adapter. The frozen weights come from where the run had them, or from --flux and --mllm.
 """
@@ -20,6 +22,7 @@ from x2jax.children import load_child
 from x2jax.data import tasks, transforms
 from x2jax.data.batch import Batch
 from x2jax.data.edits import BUCKETS
+from x2jax.edit_text import read
 from x2jax.encoders.media import open_image
 from x2jax.recipes import recipe_class
 from x2jax.samples import to_uint8
@@ -28,10 +31,11 @@ from x2jax.trees import Params
 
 
 class Editor:
-    """A trained adapter on its base, ready to edit.
+    """A trained adapter on its base, ready to edit, or to draw if it was trained on captions.
 
     Attributes:
       buckets: sizes (width, height) that pictures are brought to.
+      draws: whether it takes no source picture.
     """
 
     def __init__(
@@ -72,46 +76,57 @@ class Editor:
         if missing:
             raise ValueError(f"{run} lacks parameters: {missing}")
         self._tokenize = recipe.tokenizer()
-        self._slots, self._mesh = config.image.slots, mesh
+        self._slots, self._where = config.image.slots, str(run)
+        self.draws = self._slots == 1
         self.buckets = BUCKETS[config.image.buckets]
         self._run = jax.jit(recipe.edit, static_argnames=("steps", "shift"))
         self._preview = dict(config.preview)
 
     def __call__(
         self,
-        image: Image.Image,
+        image: Image.Image | None,
         prompt: str,
         *,
+        size: tuple[int, int] = (1, 1),
         task: str = "unknown",
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
     ) -> Image.Image:
-        """The edited picture, in the bucket nearest to the source's aspect ratio.
+        """The picture, in the bucket nearest to the source's aspect ratio.
 
         Args:
-          image: source picture, any size.
-          prompt: what to do, in English or Chinese.
+          image: source picture, any size; None for what draws.
+          prompt: what to do, or to draw, in English or Chinese.
+          size: (width, height) whose aspect ratio a picture without a source takes.
           task: name of the task, in any of the spellings that data sets use.
           seed: of the noise.
           steps, guidance: of the sampler; None for those of the run's previews.
 
         Raises:
-          ValueError: empty prompt or unknown task. BadImage: a mode that is not understood.
+          ValueError: empty prompt, unknown task, a source that is missing, or one for what draws.
+          BadImage: a mode that is not understood.
         """
         if not prompt.strip():
-            raise ValueError("the prompt is empty: say what to change")
-        bucket = transforms.nearest_bucket(*image.size, self.buckets)
-        picture = transforms.resize_crop(transforms.to_rgb(image), bucket)
+            raise ValueError("the prompt is empty: say what to change, or to draw")
+        if self.draws and image is not None:
+            raise ValueError(
+                f"{self._where} was trained on captions and draws from text alone: give no image"
+            )
+        if not self.draws and image is None:
+            raise ValueError(f"{self._where} edits pictures: give an image")
+        bucket = transforms.nearest_bucket(*(image.size if image else size), self.buckets)
         height, width = transforms.canvas_size(self.buckets)
         pixels = np.zeros((1, self._slots, height, width, 3), np.uint8)
-        transforms.place(picture, bucket, pixels[0, 1])
         sizes = np.zeros((1, self._slots, 2), np.int32)
         sizes[0, :2] = bucket[::-1]
+        if image is not None:
+            picture = transforms.resize_crop(transforms.to_rgb(image), bucket)
+            transforms.place(picture, bucket, pixels[0, 1])
         batch = Batch(
             pixels=jnp.asarray(pixels),
             sizes=jnp.asarray(sizes),
-            text=jax.tree.map(jnp.asarray, self._tokenize([prompt])),
+            text=jax.tree.map(jnp.asarray, read(self._tokenize, [prompt], pixels, sizes)),
             task=jnp.asarray([task_id(task)], jnp.int32),
             sample_id=jnp.zeros((1,), jnp.int32),
         )
@@ -134,12 +149,30 @@ def task_id(name: str) -> int:
     return found
 
 
+def size_of(text: str) -> tuple[int, int]:
+    """(width, height) of "WIDTHxHEIGHT".
+
+    Raises:
+      ValueError: something else.
+    """
+    width, height = map(int, text.split("x"))
+    if min(width, height) < 1:
+        raise ValueError(f"size {text}: needs positive numbers")
+    return width, height
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m x2jax.edit", description=__doc__)
     parser.add_argument("--model", required=True, help="run, or folder of an adapter")
-    parser.add_argument("--image", required=True, type=Path, help="source picture")
+    parser.add_argument("--image", type=Path, help="source picture; none for what draws from text")
     parser.add_argument("--prompt", required=True, help="what to change, English or Chinese")
-    parser.add_argument("--out", required=True, type=Path, help="where the edited picture goes")
+    parser.add_argument("--out", required=True, type=Path, help="where the picture goes")
+    parser.add_argument(
+        "--size",
+        type=size_of,
+        default=(1, 1),
+        help="WIDTHxHEIGHT whose aspect ratio a picture without a source takes; default square",
+    )
     parser.add_argument(
         "--task", default="unknown", help=f"what kind of edit: {', '.join(tasks.TASKS)}"
     )
@@ -152,11 +185,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ema", action="store_true", help="use the moving average")
     args = parser.parse_args(argv)
     try:
-        image = open_image(args.image)
+        image = open_image(args.image) if args.image else None
         editor = Editor(args.model, step=args.step, ema=args.ema, flux=args.flux, mllm=args.mllm)
         edited = editor(
             image,
             args.prompt,
+            size=args.size,
             task=args.task,
             seed=args.seed,
             steps=args.steps,

@@ -8,10 +8,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from x2jax import recipes, sharding, train
 from x2jax.adapters import PRESETS
 from x2jax.checkpoint import load_trainable
+from x2jax.edit import Editor
 
 
 def small(name, arg=""):
@@ -72,6 +74,11 @@ def test_two_steps_and_two_more_equal_four(make, tmp_path):
     moved = [p for p, x in expected.items() if (x != first[p]).any()]
     assert {p.split("/")[0] for p in moved} == {p.split("/")[0] for p in expected}
     assert (whole / "samples" / "0000004.png").exists()
+    editor, source = Editor(whole), Image.new("RGB", (64, 48), "red")
+    given, other = (None, source) if editor.draws else (source, None)
+    assert editor(given, "a red circle on a meadow", steps=1).size in editor.buckets
+    with pytest.raises(ValueError, match="give no image" if editor.draws else "give an image"):
+        editor(other, "a red circle on a meadow")
 
 
 def test_dropout_acts_in_training_alone(tmp_path):

@@ -19,6 +19,7 @@ from x2jax.data.batch import Batch
 from x2jax.data.features import LANGUAGES, Features
 from x2jax.data.index import Index
 from x2jax.data.sampler import Sampler
+from x2jax.edit_text import read
 
 Tokenize = Callable[[list[str]], Any]
 """n texts -> a pytree of numpy arrays with a leading axis of n: `Batch.text`."""
@@ -204,7 +205,8 @@ class Loader:
           seed: of order and languages.
           batch_size: over all processes.
           buckets: (width, height) in pixels.
-          tokenize: texts to `Batch.text`; runs in this process.
+          tokenize: texts, or texts and pictures, to `Batch.text` (`x2jax.edit_text.read`); runs in
+            this process.
           slots: image slots: target, source, then empty ones.
           language: "en", "zh" or "mixed"; the other one where a sample has only that.
           alpha: 0 draws tasks equally often, 1 by their number of samples.
@@ -289,7 +291,7 @@ class Loader:
             text=(
                 features.condition(raw)
                 if features is not None and "text" in features.parts
-                else self.tokenize(notes["text"])
+                else read(self.tokenize, notes["text"], raw.get("pixels"), raw["sizes"])
             ),
             task=raw["task"],
             sample_id=raw["sample_id"],

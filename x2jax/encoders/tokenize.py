@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,18 @@ def left_padded(rows: list[list[int]], length: int, pad_id: int) -> TextInputs:
     return TextInputs(ids, mask)
 
 
+def longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
+    """The longest beginning of a text that fits; the empty one if none does."""
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(text[:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low]
+
+
 class TextTokenizer:
     """Callable: instructions -> (ids, mask), left-padded to a fixed length. Picklable.
 
@@ -119,14 +132,9 @@ class TextTokenizer:
         if len(tokens) <= self.length:
             return tokens
         self.truncated += 1
-        low, high = 0, len(text)  # longest prefix that fits
-        while low < high:
-            middle = (low + high + 1) // 2
-            if len(self._encode(text[:middle])) <= self.length:
-                low = middle
-            else:
-                high = middle - 1
-        return self._encode(text[:low])
+        return self._encode(
+            longest_prefix(text, lambda start: len(self._encode(start)) <= self.length)
+        )
 
     def _encode(self, text: str) -> list[int]:
         messages = [{"role": "user", "content": prompt(text, self.template)}]

@@ -29,7 +29,6 @@ class Recipe:
 
     Attributes:
       children: names of the parts whose weights come from the config's sources.
-      vision: whether the MLLM sees images.
       config: the training config.
       found: sources of the children's weights; empty in an outline.
       configs: architectures by child, fresh ones included.
@@ -41,7 +40,6 @@ class Recipe:
     """
 
     children: ClassVar[tuple[str, ...]] = ()
-    vision: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -67,7 +65,7 @@ class Recipe:
     @classmethod
     def open(cls, config: Any) -> "Recipe":
         """With the sources that a config names; loads nothing yet. Raises as `find_sources`."""
-        found = find_sources(config, cls.parts(config), vision=cls.vision)
+        found = find_sources(config, cls.parts(config), vision=cls.sees(config))
         return cls(config, configs_of(found), found)
 
     @classmethod
@@ -79,8 +77,8 @@ class Recipe:
         """
         parts = cls.parts(config)
         if not any(config[option] for option in options(parts)):
-            return cls(config, published_configs(parts), {})
-        found = find_sources(config, parts, vision=cls.vision)
+            return cls(config, published_configs(parts, vision=cls.sees(config)), {})
+        found = find_sources(config, parts, vision=cls.sees(config))
         return cls(config, configs_of(found), {})
 
     def with_precomputed(self, workdir: Path) -> "Recipe":
@@ -95,6 +93,11 @@ class Recipe:
     def parts(cls, config: Any) -> tuple[str, ...]:
         """`children`, or what a config makes of them."""
         return cls.children
+
+    @classmethod
+    def sees(cls, config: Any) -> bool:
+        """Whether the MLLM sees images."""
+        return False
 
     def fresh(self, configs: Mapping[str, Any]) -> dict[str, Any]:
         """Architectures of the children that start untrained, given those of the others."""

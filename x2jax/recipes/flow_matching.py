@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from x2jax import flow, losses
 from x2jax.children import configs_of
+from x2jax.conditioning import EDGE, message_shapes
 from x2jax.data import transforms
 from x2jax.data.batch import Batch
 from x2jax.data.edits import BUCKETS, EditData
+from x2jax.edit_text import PictureTokenizer
 from x2jax.encoders.t5_clip import CLIP_LENGTH, T5ClipInputs, T5ClipTokenizer
 from x2jax.encoders.tokenize import TextInputs, TextTokenizer
 from x2jax.flux import TARGET
@@ -117,13 +119,43 @@ class FlowMatching(Recipe):
         """Images of a sample that become tokens."""
         return self.config.image.slots
 
+    @classmethod
+    def sees(cls, config: Any) -> bool:
+        """As `config.text.pictures` says.
+
+        Raises:
+          ValueError: samples without sources.
+        """
+        if config.text.pictures and config.image.slots < 2:
+            raise ValueError(
+                "--config.text.pictures shows the MLLM a sample's sources, and with "
+                f"image.slots={config.image.slots} there are none"
+            )
+        return config.text.pictures
+
     def tokenizer(self) -> Any:
-        """Instructions to what `Model.condition` takes."""
+        """Instructions to what `Model.condition` takes; `x2jax.edit_text.read` calls it."""
         text = self.config.text
+        if self.sees(self.config):
+            return PictureTokenizer(
+                self.found["mllm"].path,
+                self.configs["mllm"].vision,
+                text.length,
+                text.template,
+                self.config.image.slots - 1,
+            )
         return TextTokenizer(self.found["mllm"].path, text.length, text.template)
 
     def text_shapes(self, batch: int) -> Any:
         """Shapes of what `tokenizer` makes of `batch` instructions."""
+        if self.sees(self.config):
+            return message_shapes(
+                batch,
+                length=self.config.text.length,
+                images=self.config.image.slots - 1,
+                edge=EDGE,
+                vision=self.configs["mllm"].vision,
+            )
         shape = (batch, self.config.text.length)
         return TextInputs(jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "bool"))
 
@@ -290,6 +322,10 @@ class AnyText(FlowMatching):
         if encoders not in ENCODERS:
             raise ValueError(
                 f"unknown text.encoders {encoders!r}: use one of {', '.join(ENCODERS)}"
+            )
+        if config.text.pictures and encoders != "mllm":
+            raise ValueError(
+                f"--config.text.pictures needs text.encoders=mllm: {encoders} cannot see"
             )
         return (*cls.children, *ENCODERS[encoders])
 

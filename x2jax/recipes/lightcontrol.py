@@ -1,7 +1,7 @@
 """LightControl: small conv nets show a frozen FLUX.1 the source (spec x2i.md section 4).
 
-The stream holds the target alone; the source reaches FLUX through the nets, and the instruction
-through Qwen2.5-VL and AlignNet. DIFFERS: the published MLLM sees the picture too.
+The stream holds the target alone; the source reaches FLUX through the nets, and with the
+instruction through Qwen2.5-VL and AlignNet (`--config.text.pictures=False`: the instruction alone).
 """
 
 import dataclasses

@@ -24,7 +24,16 @@ def folder(config: Any, workdir: Path) -> Path | None:
 
 
 def parts_of(recipe: Any) -> tuple[str, ...]:
-    """What can be computed before: text features only where nothing that makes them trains."""
+    """What can be computed before: text features only where nothing that makes them trains.
+
+    Raises:
+      ValueError: the MLLM sees pictures, of which nothing computed before keeps the pixels.
+    """
+    if recipe.sees(recipe.config):
+        raise ValueError(
+            "an MLLM that sees pictures needs their pixels, which precomputed features lack: "
+            f"--config.features={NONE} or --config.text.pictures=False"
+        )
     heads = {p.split("/")[0] for p in recipe.trainable_abstract}
     return (MOMENTS,) if heads & set(recipe.conditioners) else (MOMENTS, TEXT)
 
