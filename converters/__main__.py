@@ -77,6 +77,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     write.add_argument("--scale", type=float, default=1.0, help="strength of the merged LoRA")
     write.add_argument(
+        "--any-base", action="store_true", help="merge a LoRA that was trained on another base"
+    )
+    write.add_argument(
         "--dtype", choices=DTYPES, help="of all tensors; default: the format's own (LoRA bfloat16)"
     )
 
@@ -129,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command != "export":
             files = _read(args, config)
         else:
-            own = ("step", "ema", "dtype", "merge", "scale")
+            own = ("step", "ema", "dtype", "merge", "scale", "any_base")
             options = {k: getattr(args, k) for k in own}
             known = {**FORMATS, **LAYOUTS, bundle.NAME: Bundle()}
             fmt = known[args.format] if args.format else None

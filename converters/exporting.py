@@ -16,7 +16,7 @@ from converters.formats.x2edit import x2edit_config
 from converters.importing import identity, open_parts
 from converters.load import Imported
 from converters.lora_names import Layout
-from converters.merging import Merged, merge_note, open_adapter
+from converters.merging import Merged, check_base, merge_note, open_adapter
 from converters.rules import WeightsError
 from converters.save import Exported, Held, Parameters
 from converters.trained_parts import PARTS, part_of
@@ -53,6 +53,7 @@ def export(
     dtype: str | None = None,
     merge: Path | None = None,
     scale: float = 1.0,
+    any_base: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Writes weights in a format; returns the files written.
@@ -66,6 +67,7 @@ def export(
       dtype: of all tensors; None for the format's own.
       merge: a run, an imported LoRA, or a LoRA file, which is added to the weights.
       scale: what its deltas are multiplied with.
+      any_base: merge although it was trained on another base; says so.
       config: of the model; None for what the files say.
 
     Raises:
@@ -103,6 +105,7 @@ def export(
             raise ValueError(f"--merge adds a LoRA to a FLUX.1; {source} holds {fmt.kind} weights")
         found = open_adapter(merge, FluxConfig.from_diffusers(base.config), step, ema=ema)
         params = Merged(base.params, found.params, found.meta["config"]["adapter"], scale)
+        check_base(found.meta, base.params, merge, source, any_base)
         about["merged"] = merge_note(found.meta, scale)
         resume += json.dumps(about, default=str)
         if any(not p.startswith("adapter/") for p in found.params):

@@ -97,9 +97,33 @@ def import_(
     config = {"adapter": dataclasses.asdict(lora.config)}
     about = {"format": layout.name, "config": config, "source": str(path)}
     about["meta"] = {"config": config}
+    if prints := recorded(open_weights(path).metadata, path):
+        about["meta"]["fingerprints"] = prints
     files = native.write(out, about, specs, lambda p: lora.read(p.removeprefix("adapter/")))
     report(layout, lora)
     return files
+
+
+def recorded(metadata: Mapping[str, str], where: Path) -> dict[str, str]:
+    """Fingerprints, by part, of the frozen weights that a LoRA of ours was trained on.
+
+    Args:
+      metadata: of the file's header; what other trainers write says nothing of them.
+      where: the file, for the error.
+
+    Raises:
+      WeightsError: something else under that key.
+    """
+    if metadata.get("software") != "x2jax" or "fingerprints" not in metadata:
+        return {}
+    try:
+        found = json.loads(metadata["fingerprints"])
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+        what = ascii(metadata["fingerprints"])[:200]
+        raise WeightsError(f"LoRA {where}", [f"fingerprints in its header are damaged: {what}"])
+    return found
 
 
 def inspect(path: Path, layout: Layout, options: Options) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from converters import lora_files
@@ -17,6 +18,10 @@ from converters.safetensors_io import Spec
 from converters.save import Parameters
 from x2jax.adapters import AdapterConfig
 from x2jax.trained import Trained, open_trained
+from x2jax.trees import fingerprint_of, spaced_out
+
+STACKED = ("double_blocks", "single_blocks")
+"""Children of a FLUX whose arrays have a row for each block."""
 
 
 def open_adapter(
@@ -41,7 +46,64 @@ def open_adapter(
     lora = open_lora(tensors, layout, flux, settings=read_settings(path, tensors.metadata))
     lora_files.report(layout, lora)
     params = {f"adapter/{p}": lora.read(p) for p in lora.specs}
-    return Trained(params, {"config": {"adapter": dataclasses.asdict(lora.config)}})
+    prints = lora_files.recorded(tensors.metadata, path)
+    config = {"adapter": dataclasses.asdict(lora.config)}
+    return Trained(params, {"config": config, "fingerprints": prints})
+
+
+def check_base(meta: Mapping[str, Any], base: Parameters, lora: Path, where: Path, anyway: bool):
+    """Compares a base with what a LoRA says of the one that it was trained on.
+
+    A run may have rounded its base to bfloat16 as it read it: that is the same base.
+
+    Args:
+      meta: of the LoRA; `fingerprints` where it has them.
+      base: of a FLUX.1, paths relative to it.
+      lora, where: paths of both, for the message.
+      anyway: print instead of raising.
+
+    Raises:
+      WeightsError: it was trained on another base.
+    """
+    wanted = meta.get("fingerprints", {}).get("flux")
+    if wanted is None:
+        print(
+            f"warning: {lora} does not say on which base it was trained: whether it was this one "
+            "cannot be checked"
+        )
+        return
+    found = _fingerprints(base)
+    if wanted in found:
+        return
+    text = (
+        f"{lora} was trained on another base: its fingerprint is {wanted}, that of {where} is "
+        f"{' or '.join(found)}"
+    )
+    if not anyway:
+        raise WeightsError("merge", [f"{text}. Name its own base, or give --any-base"])
+    print(f"warning: {text}")
+
+
+def _fingerprints(base: Parameters) -> list[str]:
+    """Of a base in its own type, and rounded to bfloat16 if that makes a difference."""
+    own, rounded = {}, {}
+    for path, spec in base.specs.items():
+        at = np.array(spaced_out(int(np.prod(spec.shape))))
+        if path.split("/")[0] in STACKED:
+            row, at = np.divmod(at, int(np.prod(spec.shape[1:])))
+            pieces = [_values(base.read(path, (int(i),)), at[row == i]) for i in np.unique(row)]
+            values = np.concatenate(pieces)
+        else:
+            values = _values(base.read(path, ()), at)
+        base.release(path)
+        own[path] = spec.shape, values
+        rounded[path] = spec.shape, values.astype(ml_dtypes.bfloat16)
+    return list(dict.fromkeys(map(fingerprint_of, (own, rounded))))
+
+
+def _values(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Values of an array, which may be a transposed view of a file, at positions of it flat."""
+    return x[np.unravel_index(at, x.shape)].astype(np.float32)
 
 
 def merge_note(meta: Mapping[str, Any], scale: float) -> dict[str, Any]:

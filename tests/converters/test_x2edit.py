@@ -74,7 +74,7 @@ def trained_tree(cfg: AdapterConfig = SMALL, seed: int = 0) -> dict[str, np.ndar
     return {p: rng.standard_normal(s).astype(np.float32) for p, s in shapes.items()}
 
 
-def make_run(root, params, cfg: AdapterConfig = SMALL, **changes):
+def make_run(root, params, cfg: AdapterConfig = SMALL, prints=None, **changes):
     """A workdir with one checkpoint, as training leaves it."""
     config = get_config().unlock()
     config.adapter = ConfigDict(
@@ -84,7 +84,8 @@ def make_run(root, params, cfg: AdapterConfig = SMALL, **changes):
     config.update(changes)
     checkpoints = Checkpointer(root, every=1, keep=1)
     state = TrainState(np.int32(7), jax.tree.map(jax.numpy.asarray, params), {}, {})
-    checkpoints.save(7, state, {"config": json.loads(config.to_json())}, force=True)
+    meta = {"config": json.loads(config.to_json())} | ({"fingerprints": prints} if prints else {})
+    checkpoints.save(7, state, meta, force=True)
     checkpoints.close()
     return root
 
