@@ -43,7 +43,10 @@ import numpy as np
 contiguous(np.zeros((512, 512), np.uint16).T, np.dtype(np.uint16))  # starts JAX's CPU
 start, used = time.perf_counter(), time.process_time()
 code = main(sys.argv[1:])
-print("seconds", time.perf_counter() - start, time.process_time() - used)
+seconds, used = time.perf_counter() - start, time.process_time() - used
+with open("/proc/self/status") as f:
+    (peak,) = (line.split()[1] for line in f if line.startswith("VmHWM:"))
+print("seconds", seconds, used, int(peak) * 1024)
 sys.exit(code)
 """
 
@@ -84,19 +87,18 @@ def copy(source: Path, target: Path) -> float:
 
 
 def convert(*arguments: str) -> tuple[float, float, int]:
-    """Seconds, processor seconds and peak bytes of one command of `python -m converters`."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
+    """Seconds, processor seconds and peak bytes of one command of `python -m converters`.
+
+    The peak is the child's own VmHWM, mapped pages of files included. (`ru_maxrss` would not do: a
+    child inherits that of the process that started it, however large it was.)
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True
     )
-    assert child.stdout is not None
-    with child.stdout:
-        printed = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        raise RuntimeError(f"{arguments}: exit status {status}\n{printed}")
-    seconds, used = map(float, printed.rsplit("seconds", 1)[1].split())
-    return seconds, used, usage.ru_maxrss * 1024
+    if child.returncode:
+        raise RuntimeError(f"{arguments}: exit status {child.returncode}\n{child.stderr}")
+    seconds, used, peak = child.stdout.rsplit("seconds", 1)[1].split()
+    return float(seconds), float(used), int(peak)
 
 
 def measure(folder: Path, gigabytes: float, rounds: int) -> bool:

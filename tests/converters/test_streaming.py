@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from benchmarks import convert_speed
 from converters import __main__ as cli
 from converters import chunks, formats, load, native, shards
 from converters.rules import T, Table, WeightsError, rule
@@ -280,3 +281,18 @@ def test_mapped_memory_is_given_back(tmp_path):
     tensors.release("x")
     assert resident() < before - (12 << 20), "16 MB were mapped"
     assert np.array_equal(tensors["x"], x)
+
+
+@pytest.mark.slow
+def test_a_large_checkpoint_needs_little_memory(tmp_path):
+    held = np.ones(1 << 27)  # 1 GB here must not count there
+    del held
+    source = tmp_path / "flux.safetensors"
+    limit = 1.5 * convert_speed.synthetic(0.9, source) + 500e6
+    assert source.stat().st_size > 1.2 * limit
+    for name, one, two in (("import", "flux.safetensors", "ours"), ("export", "ours", "back")):
+        _, _, peak = convert_speed.convert(
+            name, "--from", str(tmp_path / one), "--out", str(tmp_path / two)
+        )
+        assert 150e6 < peak < limit, f"{name}: {peak / 1e6:.0f} MB of {limit / 1e6:.0f}"
+        print(f"{name}: {peak / 1e6:.0f} MB of {limit / 1e6:.0f}")
