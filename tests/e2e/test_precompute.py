@@ -142,6 +142,12 @@ def test_features_of_another_run_are_refused(run, tmp_path):
         copy = other_weights(sources.TINY / part, tmp_path / part)
         (line,) = refused(**{option: str(copy)})
         assert f"contents of {'vae' if option == 'flux' else option}: " in line
+    copy = other_weights(sources.TINY / "qwen", tmp_path / "pads", differ=False)
+    mllm = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(mllm | {"pad_attention": "all"}))
+    assert refused(mllm=str(copy)) == [
+        "  pad_attention of mllm: 'self' in the features, 'all' in this run"
+    ]
     with pytest.raises(ValueError, match="holds features of another run") as e:
         precompute(config(**{"text.length": 48}), workdir)
     assert "text: text.length: 64 in the features, 48 in this run" in str(e.value)
@@ -150,8 +156,8 @@ def test_features_of_another_run_are_refused(run, tmp_path):
         assert recipes.build(config(**options), workdir).without
 
 
-def other_weights(source, copy):
-    """A folder with every weight a little different."""
+def other_weights(source, copy, differ=True):
+    """A copy of a folder, with every file of weights a little different."""
     for path in sorted(source.rglob("*")):
         target = copy / path.relative_to(source)
         if path.is_dir():
@@ -159,7 +165,7 @@ def other_weights(source, copy):
         target.parent.mkdir(parents=True, exist_ok=True)
         data = bytearray(path.read_bytes())
         if path.suffix == ".safetensors":
-            data[-1] ^= 1
+            data[-1] ^= differ
         target.write_bytes(data)
     return copy
 

@@ -68,7 +68,7 @@ def log_probabilities(
     nodes_BM = jnp.tile(jnp.asarray(names.tokens_M), (batch, 1))
     ahead = mask_BT.sum(axis=1, keepdims=True) + names.depths_M
     # Rows see the prompt, then the tree: nothing of the tree is seen from the prompt.
-    above = jnp.pad(causal(mask_BT), ((0, 0), (0, 0), (0, count)))
+    above = jnp.pad(causal(mask_BT, model.cfg.pad_attention), ((0, 0), (0, 0), (0, count)))
     below = jnp.concatenate(
         [
             jnp.broadcast_to(mask_BT[:, None], (batch, count, length)),

@@ -26,6 +26,7 @@ class DecoderSizes(Protocol):
       qk_norm: whether every head of q and k passes an RMS norm.
       tied: whether the embedding is the output head too.
       mrope_section: rotary pairs of the temporal, row and column position; None for one position.
+      pad_attention: what left pads see, as `causal` has it.
     """
 
     layers: int
@@ -39,6 +40,7 @@ class DecoderSizes(Protocol):
     qkv_bias: bool
     qk_norm: bool
     mrope_section: tuple[int, int, int] | None
+    pad_attention: str
     rope_theta: float
     rms_eps: float
 
@@ -59,16 +61,29 @@ class Cache(NamedTuple):
 
 
 def text_positions(mask_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Positions that count valid tokens; pads get 1, as transformers has it (nothing sees them)."""
+    """Positions that count valid tokens; pads get 1, as transformers has it."""
     count = jnp.cumsum(mask_BT.astype(jnp.int32), axis=-1) - 1
     return jnp.where(mask_BT, count, 1)
 
 
-def causal(mask_BT: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Who sees whom: tokens see tokens up to themselves; a pad sees itself and such tokens."""
+def causal(mask_BT: Bool[Array, "B T"], pads: str) -> Bool[Array, "B T T"]:
+    """Who sees whom: tokens see tokens up to themselves.
+
+    Args:
+      mask_BT: True at tokens.
+      pads: what pads on the left see, whose states AlignNet reads like those of tokens: "all"
+        positions, tokens and pads alike, or "self", each itself alone.
+
+    The AlignNets of X2I and X2Edit were trained with "all": transformers 4.49 and 4.51 on CUDA,
+    where `_unmask_unattended` opens rows to which nothing is left. So their pads are a summary of
+    the whole text, equal among themselves.
+    """
+    # DIFFERS: such rows are zeros (sdpa) or the mean of all values (eager) in transformers 5.
     length = mask_BT.shape[1]
-    earlier = jnp.tril(jnp.ones((length, length), bool))
-    return (earlier & mask_BT[:, None, :]) | jnp.eye(length, dtype=bool)
+    seen = jnp.tril(jnp.ones((length, length), bool)) & mask_BT[:, None, :]
+    if pads == "self":
+        return seen | jnp.eye(length, dtype=bool)
+    return seen | ~seen.any(axis=-1, keepdims=True)
 
 
 class SelfAttention(nnx.Module):
@@ -162,7 +177,7 @@ class Decoder(nnx.Module):
 
         Args:
           ids_BT: token ids, left-padded.
-          mask_BT: True at tokens. States at pads are finite: a pad attends to itself.
+          mask_BT: True at tokens. Pads have states too, as `causal` says.
           positions_BT3: temporal, row and column positions (`mrope_positions`); None counts tokens.
           vision: images and videos (`pack`); their tokens replace the embeddings of the image and
             video tokens, in order.
@@ -212,7 +227,7 @@ class Decoder(nnx.Module):
         x = self.embed(ids_BT, mask_BT, positions_BT3, vision)
         positions = text_positions(mask_BT) if positions_BT3 is None else positions_BT3
         cos, sin = self._rotary(positions)
-        allowed = causal(mask_BT)[:, None]
+        allowed = causal(mask_BT, self.cfg.pad_attention)[:, None]
         return x, lambda layer, x: layer(x, cos, sin, allowed)[0]
 
     def embed(self, ids_BT, mask_BT, positions_BT3=None, vision=None) -> Float[Array, "B T D"]:

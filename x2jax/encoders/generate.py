@@ -156,7 +156,7 @@ def generate(
     read = model.run(
         model.embed(ids_BT, mask_BT, positions_BT3, vision),
         positions,
-        jnp.pad(causal(mask_BT), ((0, 0), (0, 0), (0, count))),
+        jnp.pad(causal(mask_BT, model.cfg.pad_attention), ((0, 0), (0, 0), (0, count))),
         model.empty_cache(batch, slots),
         keep_states=False,
     )

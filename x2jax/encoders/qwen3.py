@@ -24,6 +24,7 @@ class Qwen3Config:
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = True
     mrope_section: ClassVar[None] = None
+    pad_attention: ClassVar[str] = "all"
 
     def __post_init__(self):
         if self.heads % self.kv_heads or self.head_dim % 2:

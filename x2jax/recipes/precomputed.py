@@ -72,5 +72,6 @@ def made_of(recipe: Any, parts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     if TEXT in parts:
         record = {f"text.{k}": v for k, v in recipe.tokenizer().record.items()}
         of = {f"contents of {n}": weights[n] for n in recipe.conditioners}
-        out[TEXT] = of | record | precision
+        pads = {"pad_attention of mllm": recipe.configs["mllm"].text.pad_attention}
+        out[TEXT] = of | record | (pads if "mllm" in names else {}) | precision
     return out

@@ -7,7 +7,12 @@ from typing import Any, ClassVar
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig:
-    """Architecture of the text path."""
+    """Architecture of the text path.
+
+    Attributes:
+      pad_attention: "all" or "self", as `x2jax.encoders.decoder.causal` has it; a key of ours in
+        `config.json`, which published folders lack.
+    """
 
     layers: int
     width: int
@@ -19,6 +24,7 @@ class QwenConfig:
     mrope_section: tuple[int, int, int]
     rope_theta: float = 1e6
     rms_eps: float = 1e-6
+    pad_attention: str = "all"
     qkv_bias: ClassVar[bool] = True
     qk_norm: ClassVar[bool] = False
 
@@ -31,6 +37,8 @@ class QwenConfig:
             raise ValueError(
                 f"mrope sections {self.mrope_section} must sum to half the head dim {self.head_dim}"
             )
+        if self.pad_attention not in ("all", "self"):
+            raise ValueError(f"unknown pad_attention {self.pad_attention!r}: use 'all' or 'self'")
 
     @property
     def head_dim(self) -> int:
@@ -74,13 +82,16 @@ class QwenConfig:
                 mrope_section=tuple(rope["mrope_section"]),
                 rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
                 rms_eps=float(text["rms_norm_eps"]),
+                pad_attention=text.get("pad_attention", "all"),
             )
         except KeyError as e:
             raise ValueError(f"the Qwen2.5-VL config lacks {e.args[0]!r}") from None
 
     def to_transformers(self) -> dict[str, Any]:
         """The text part of a `Qwen2_5_VLConfig`, by the names of transformers."""
+        own = {} if self.pad_attention == "all" else {"pad_attention": self.pad_attention}
         return {
+            **own,
             "num_hidden_layers": self.layers,
             "hidden_size": self.width,
             "num_attention_heads": self.heads,
@@ -99,4 +110,5 @@ class QwenConfig:
 
 QWEN2_5_VL_7B = QwenConfig(28, 3584, 28, 4, 18944, 152064, False, (16, 24, 24))
 QWEN2_5_VL_3B = QwenConfig(36, 2048, 16, 2, 11008, 151936, True, (16, 24, 24))
-QWEN_TINY = QwenConfig(4, 128, 4, 2, 256, 1024, True, (4, 6, 6))
+QWEN_TINY = QwenConfig(4, 128, 4, 2, 256, 1024, True, (4, 6, 6), pad_attention="self")
+"""Of the family that ships, whose AlignNet was trained with pads that see themselves."""

@@ -26,7 +26,7 @@ def mrope_positions(
       batch: per sample its images and videos, in the order of their tokens.
 
     Returns:
-      The positions, 0 at pads; and what a token generated next adds to the count of tokens so far
+      The positions, 1 at pads; and what a token generated next adds to the count of tokens so far
       to get its position.
 
     Raises:
@@ -35,7 +35,8 @@ def mrope_positions(
     ids, mask = np.asarray(ids_BT), np.asarray(mask_BT, bool)
     if len(batch) != len(ids):
         raise ValueError(f"{len(ids)} prompts, but images and videos of {len(batch)} samples")
-    positions_BT3 = np.zeros((*ids.shape, 3), np.int32)
+    # DIFFERS: transformers 5 has 0 at pads. AlignNet reads them; it was trained with those of 4.
+    positions_BT3 = np.ones((*ids.shape, 3), np.int32)
     deltas_B = np.zeros(len(ids), np.int32)
     for b, media in enumerate(batch):
         try:
