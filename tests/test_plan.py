@@ -8,6 +8,7 @@ import sys
 import jax
 import pytest
 
+from configs import lora
 from configs.x2edit import get_config
 from x2jax import plan, recipes, sharding
 from x2jax.trees import nbytes
@@ -23,6 +24,31 @@ def test_planning_needs_neither_weights_nor_data():
     assert found.peak >= found.arguments
     text = plan.report(config, mesh, found)
     assert "peak" in text and "compare with your device" in text
+
+
+def test_a_step_from_features_needs_no_encoders():
+    config = get_config()
+    config.trainable = (r"adapter/.*",)
+    mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
+    whole = recipes.outline(config)
+    found = plan.plan(config, mesh, features=True)
+    flux = {p: x for p, x in whole.skeleton.abstract.items() if p.startswith("flux/")}
+    # Parameters with two moments, frozen weights, batch.
+    trains, batch = whole.trainable_abstract, whole.from_features().batch()
+    assert found.arguments == pytest.approx(3 * nbytes(trains) + nbytes([flux, batch]), rel=0.01)
+    assert nbytes(whole.skeleton.abstract) > nbytes(trains) + 1.3 * nbytes(flux)
+    assert found.without == ("vae", "mllm", "alignnet")
+    assert "features     stand for vae, mllm, alignnet" in plan.report(config, mesh, found)
+
+
+def test_features_stand_for_what_does_not_train():
+    recipe = recipes.outline(get_config("1024")).from_features()
+    assert {p.split("/")[0] for p in recipe.skeleton.paths} == {"flux", "adapter"}
+    batch = recipe.batch()
+    assert batch.pixels is None and batch.text.txt_BTD.shape == (32, 512, 4096)
+    assert recipes.outline(get_config("512")).from_features().without == ("vae",)
+    with pytest.raises(ValueError, match="the recipe 'lora' reads no features"):
+        recipes.outline(lora.get_config()).from_features()
 
 
 def test_unset_sources_mean_the_published_sizes():

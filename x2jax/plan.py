@@ -2,6 +2,7 @@
 
     python -m x2jax.plan --config configs/x2edit.py:1024 --topology v5e:2x4 --config.batch_size=8
 
+`--features` plans the step of a run that reads what `x2jax.precompute` makes of the same config.
 Needs libtpu (pip install 'x2jax[tpu]') and no TPU. Architectures come from the folders that the
 config names; without any, the published ones are planned: no weights are read either way.
 """
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
       peak: the compiler's own figure, arguments included.
       available: of this kind of device; None where it is not known.
       seconds: that compiling took.
+      without: children that are not in the step, computed before.
     """
 
     arguments: int
@@ -40,6 +42,7 @@ class Plan(NamedTuple):
     peak: int
     available: int | None
     seconds: float
+    without: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -69,9 +72,18 @@ def topology_mesh(name: str, axes: Any) -> Mesh:
     return sharding.make_mesh(axes, devices)
 
 
-def plan(config: Any, mesh: Mesh) -> Plan:
-    """Compiles one optimizer step of a config for a mesh, from shapes alone."""
+def plan(config: Any, mesh: Mesh, features: bool = False) -> Plan:
+    """Compiles one optimizer step of a config for a mesh, from shapes alone.
+
+    Args:
+      features: whether it reads what `x2jax.precompute` makes, and nothing of what made that.
+
+    Raises:
+      ValueError: features for a recipe that reads none.
+    """
     recipe = recipes.outline(config)
+    if features:
+        recipe = recipe.from_features()
     tx = optim.build(steps=config.steps, **config.optimizer)
     by_path = sharding.param_shardings(recipe.skeleton.abstract, mesh)
     trainable = recipe.trainable_abstract
@@ -105,6 +117,7 @@ def plan(config: Any, mesh: Mesh) -> Plan:
         peak=memory.peak_memory_in_bytes,
         available=None if available is None else available * GIB,
         seconds=time.monotonic() - began,
+        without=recipe.without,
     )
 
 
@@ -112,10 +125,13 @@ def report(config: Any, mesh: Mesh, found: Plan) -> str:
     """A plan as a user reads it."""
     kind, count = mesh.devices.flat[0].device_kind, mesh.devices.size
     room = "unknown" if found.available is None else f"{found.available / GIB:.0f} GiB"
+    names = ", ".join(found.without)
+    before = f"  features     stand for {names}\n" if names else ""
     verdict = {True: "fits", False: "DOES NOT FIT", None: "compare with your device"}[found.fits]
     return (
         f"{count} x {kind}, mesh {dict(mesh.shape)}\n"
         f"  batch        {config.batch_size} a micro-batch, {config.accumulate} a step\n"
+        f"{before}"
         f"  arguments    {found.arguments / GIB:6.2f} GiB a chip: state, frozen weights, batch\n"
         f"  temporary    {found.temporary / GIB:6.2f} GiB a chip\n"
         f"  peak         {found.peak / GIB:6.2f} GiB a chip, of {room}: {verdict}\n"
@@ -129,11 +145,12 @@ def main(argv: list[str]) -> None:
     config, topology = flags.FLAGS.config, flags.FLAGS.topology
     axes = config.mesh
     mesh = topology_mesh(topology, axes) if topology else sharding.make_mesh(axes)
-    print(report(config, mesh, plan(config, mesh)))
+    print(report(config, mesh, plan(config, mesh, flags.FLAGS.features)))
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Training config, as FILE.py[:ARG].")
     flags.DEFINE_string("topology", "", "TPU topology, as v5e:2x4; default: the devices here.")
+    flags.DEFINE_bool("features", False, "Plan a step that reads what x2jax.precompute makes.")
     flags.mark_flag_as_required("config")
     app.run(main)

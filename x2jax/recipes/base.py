@@ -87,6 +87,14 @@ class Recipe:
         """
         return self
 
+    def from_features(self) -> "Recipe":
+        """This recipe as it trains once all that can be was computed before: for `x2jax.plan`.
+
+        Raises:
+          ValueError: it reads no features.
+        """
+        raise ValueError(f"the recipe {self.config.recipe!r} reads no features")
+
     # What a recipe says.
 
     @classmethod

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from x2jax import flow, losses
-from x2jax.children import configs_of
+from x2jax.alignnet import Condition
 from x2jax.conditioning import EDGE, message_shapes
 from x2jax.data import transforms
-from x2jax.data.batch import Batch
+from x2jax.data.batch import Batch, Moments
 from x2jax.data.edits import BUCKETS, EditData
 from x2jax.edit_text import PictureTokenizer
 from x2jax.encoders.t5_clip import CLIP_LENGTH, T5ClipInputs, T5ClipTokenizer
@@ -73,13 +73,21 @@ class FlowMatching(Recipe):
         if where is None:
             return self
         without = precomputed.children(self, precomputed.parts_at(self, where))
-        recipe = type(self)(self.config, configs_of(self.found), self.found, without)
+        recipe = self._less(without)
         recipe._features = where
         recipe.notes.append(
             f"reading {where}: {', '.join(without)} are neither loaded nor run; no sample grids "
             f"(--config.features={precomputed.NONE} computes everything in the step)"
         )
         return recipe
+
+    def from_features(self) -> Recipe:
+        if not self.precomputes:
+            return super().from_features()
+        return self._less(precomputed.children(self, precomputed.parts_of(self)))
+
+    def _less(self, without: tuple[str, ...]) -> "FlowMatching":
+        return type(self)(self.config, self.configs, self.found, without)
 
     @property
     def shows(self) -> bool:
@@ -166,12 +174,24 @@ class FlowMatching(Recipe):
         def array(dtype: str, *shape: int) -> Any:
             return jax.ShapeDtypeStruct((count, *shape), dtype)
 
+        pixels = array("uint8", image.slots, height, width, 3)
+        moments, text = None, self.text_shapes(count)
+        computed = self.config.precision.compute
+        if "vae" in self.without:
+            vae = self.configs["vae"]
+            latents = (image.slots, height // vae.factor, width // vae.factor, vae.latent_channels)
+            pixels, moments = None, Moments(*[array(computed, *latents)] * 2)
+        if set(self.conditioners) <= set(self.without):
+            flux = self.configs["flux"]
+            txt = array(computed, self.config.text.length, flux.text_width)
+            text = Condition(txt, array(computed, flux.pooled_width))
         return Batch(
-            pixels=array("uint8", image.slots, height, width, 3),
+            pixels=pixels,
             sizes=array("int32", image.slots, 2),
-            text=self.text_shapes(count),
+            text=text,
             task=array("int32"),
             sample_id=array("int32"),
+            moments=moments,
         )
 
     def loss(
