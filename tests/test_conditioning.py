@@ -1,4 +1,4 @@
-"""Conversations with pictures, video and answers to conditions, on a tiny random MLLM."""
+"""Conversations with pictures, video and answers to conditions, by the MLLM that ships."""
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +8,21 @@ from flax import nnx
 from PIL import Image
 from transformers import AutoTokenizer
 
-from x2jax import sources
-from x2jax.alignnet import AlignNet, AlignNetConfig
-from x2jax.children import MLLMConfig, Precision
+from x2jax import sharding, sources
+from x2jax.alignnet import AlignNet
+from x2jax.children import Precision, configs_of, find_sources, load_child
 from x2jax.conditioning import Conditioner
 from x2jax.encoders.generate import generate
 from x2jax.encoders.qwen2_5_vl import (
     QWEN2_5_VL_7B_VISION,
-    QwenConfig,
     VisionConfig,
     mrope_positions,
     pack,
     video_patches,
 )
 from x2jax.encoders.qwen2_5_vl.preprocess import image_patches
-from x2jax.model import Model
+from x2jax.model import make_skeleton
+from x2jax.tiny import world
 
 TEMPLATE = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -32,12 +32,17 @@ You are a helpful assistant.<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""  # noqa: E501
 """Qwen2.5-VL's, but for its names of keys that are not used here."""
-LENGTH, EDGE = 96, 16
+LENGTH, EDGE, ROWS = 96, 64, 8
 
 
-def picture(height=20, width=30, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+def picture(height=50, width=70, seed=0):
+    return world.render(world.sample_scene(np.random.default_rng(seed)), (width, height))
+
+
+def moving(frames):
+    """A scene, nearer in every frame."""
+    scene = world.sample_scene(np.random.default_rng(9))
+    return [world.render(scene.replace(zoom=1 + k / 4), (64, 48)) for k in range(frames)]
 
 
 def user(*items):
@@ -52,12 +57,12 @@ def image(source):
     return {"type": "image", "image": source}
 
 
-VIDEO = {"type": "video", "video": [picture(seed=s) for s in range(3)], "fps": 1.5}
+VIDEO = {"type": "video", "video": moving(3), "fps": 1.5}
 CASES = {
     "text": "draw a red circle",
     "an image": user(image(picture())),
     "image and text": user(image(picture()), text("as a drawing")),
-    "several images": user(image(picture()), text("and"), image(picture(31, 9, 1)), text("mixed")),
+    "several images": user(image(picture()), text("and"), image(picture(62, 20, 1)), text("mixed")),
     "video": user(VIDEO, text("its last moment")),
     "dialogue": [
         {"role": "system", "content": "You draw."},
@@ -69,23 +74,15 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The tiny family's tokenizer with Qwen2.5-VL's placeholders and chat template."""
-    root = tmp_path_factory.mktemp("qwen")
-    tokenizer = AutoTokenizer.from_pretrained(sources.TINY / "qwen", local_files_only=True)
-    names = [f"<|{n}|>" for n in ("vision_start", "image_pad", "video_pad", "vision_end")]
-    tokenizer.add_special_tokens({"additional_special_tokens": names})
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(root)
-    return root
+def folder():
+    return sources.TINY / "qwen"
 
 
 @pytest.fixture(scope="module")
 def vision(folder):
-    ids = AutoTokenizer.from_pretrained(folder, local_files_only=True).convert_tokens_to_ids
-    tokens = dict(image_token=ids("<|image_pad|>"), video_token=ids("<|video_pad|>"))
-    assert tokens["image_token"] != tokens["video_token"]
-    return VisionConfig(2, 32, 2, 24, 32, (1,), patch=4, window=16, **tokens)
+    found = VisionConfig.from_transformers(sources.read_config(folder))
+    assert found.image_token != found.video_token
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +91,14 @@ def conditioner(folder, vision):
 
 
 @pytest.fixture(scope="module")
-def model(vision):
-    text_cfg = QwenConfig(2, 32, 4, 2, 48, 1040, True, (1, 1, 2))
-    configs = {
-        "mllm": MLLMConfig(text_cfg, vision),
-        "alignnet": AlignNetConfig(3, 32, 20, 6),
-    }
-    return Model(configs, Precision("float32", "float32"), nnx.Rngs(0))
+def model():
+    names = ("mllm", "alignnet")
+    found = find_sources(dict.fromkeys(names, "tiny"), names, vision=True)
+    skeleton = make_skeleton(configs_of(found), Precision("float32", "float32"))
+    mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
+    by_path = sharding.param_shardings(skeleton.abstract, mesh)
+    mllm, alignnet = (load_child(skeleton, found, name, by_path) for name in names)
+    return skeleton.merge(mllm | alignnet)
 
 
 @jax.jit
@@ -113,7 +111,7 @@ def test_one_program_conditions_on_everything(conditioner, model):
     inputs = conditioner(list(CASES.values()))
     assert jax.tree.map(lambda x: x.shape[0], inputs) == jax.tree.map(lambda _: len(CASES), inputs)
     together = condition(model, inputs)
-    assert together.txt_BTD.shape == (len(CASES), LENGTH, 20)
+    assert together.txt_BTD.shape == (len(CASES), LENGTH, model.alignnet.cfg.text_width)
     back = condition(model, conditioner(list(CASES.values())[::-1]))
     assert condition._cache_size() == 1
     np.testing.assert_allclose(back.txt_BTD[::-1], together.txt_BTD, atol=1e-5)
@@ -147,7 +145,7 @@ def test_inputs_are_what_the_published_preprocessing_gives(case, folder, vision,
         if isinstance(i, dict) and i["type"] != "text"
     ]
     for m in media:
-        assert m.grid[1:] == (4, 4) and m.grid[0] == (2 if m.kind == "video" else 1)
+        assert m.grid[1:] == (ROWS, ROWS) and m.grid[0] == (2 if m.kind == "video" else 1)
     ids = expected_ids(tokenizer, conversation, [(m.kind, vision.tokens(m.grid)) for m in media])
     found = conditioner([conversation])
     assert found.ids_BT[0, found.mask_BT[0]].tolist() == ids
@@ -155,7 +153,7 @@ def test_inputs_are_what_the_published_preprocessing_gives(case, folder, vision,
     positions, deltas = mrope_positions(found.ids_BT, found.mask_BT, [media], vision)
     np.testing.assert_array_equal(found.positions_BT3, positions)
     np.testing.assert_array_equal(found.deltas_B, deltas)
-    jax.tree.map(np.testing.assert_array_equal, found.vision, pack([media], vision, 32))
+    jax.tree.map(np.testing.assert_array_equal, found.vision, pack([media], vision, 2 * ROWS**2))
 
 
 def test_files_are_read_as_what_they_hold(conditioner, tmp_path):
@@ -163,6 +161,33 @@ def test_files_are_read_as_what_they_hold(conditioner, tmp_path):
     one = conditioner([CASES["image and text"]])
     two = conditioner([user(image(str(tmp_path / "a.png")), text("as a drawing"))])
     jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_pictures_and_a_video_from_files_condition(conditioner, model, tmp_path):
+    """What the tower sees decides: another file under the same words is another condition."""
+    av = pytest.importorskip("av")
+    for name, frames in (("forth", moving(8)), ("back", moving(8)[::-1])):
+        with av.open(str(tmp_path / f"{name}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=4)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    for seed in range(2):
+        Image.fromarray(picture(seed=seed)).save(tmp_path / f"{seed}.png")
+
+    def shown(name):
+        kind = "video" if name.endswith("mkv") else "image"
+        return user({"type": kind, kind: str(tmp_path / name)}, text("draw this"))
+
+    names = ["0.png", "1.png", "forth.mkv", "back.mkv"]
+    inputs = conditioner([shown(n) for n in names] * 2)
+    assert (inputs.vision.frames_BP.max(axis=1)[:4] == [1, 1, 2, 2]).all()
+    np.testing.assert_array_equal(inputs.ids_BT[2], inputs.ids_BT[3])
+    found = condition(model, inputs)
+    np.testing.assert_allclose(found.pooled_BP[4:], found.pooled_BP[:4], atol=1e-5)
+    apart = np.abs(found.pooled_BP[:4, None] - found.pooled_BP[None, :4]).max(axis=-1)
+    assert apart[~np.eye(4, dtype=bool)].min() > 1e-3
 
 
 def test_images_come_at_the_sizes_of_the_paper(folder):
@@ -253,7 +278,8 @@ def bad(tmp_path):
     empty.write_bytes(b"")
     junk.write_bytes(b"no picture")
     cut = tmp_path / "cut.png"
-    Image.fromarray(picture(64, 64)).save(cut)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(cut)
     cut.write_bytes(cut.read_bytes()[:-2000])
     many = [image(picture(seed=s)) for s in range(3)]
     return {
@@ -265,13 +291,13 @@ def bad(tmp_path):
         ),
         r"an item of type 'image' with keys \['type', 'url'\]": user({"type": "image", "url": "u"}),
         r"\d+ tokens, 0 of them of images .* budget is 96: shorten": "word " * 200,
-        r"have 48 patches, the budget is 32 \(2 images of 16 px\): send fewer": user(*many),
+        r"have 192 patches, the budget is 128 \(2 images of 64 px\): send fewer": user(*many),
         r"its text holds <\|image_pad\|>, which stands for images": "a <|image_pad|>",
         r"no picture file .*nowhere": user(image(str(tmp_path / "nowhere.png"))),
         r"empty.png is empty \(0 bytes\)": user(image(str(empty))),
         r"junk.png is no picture that PIL can read": user(image(str(junk))),
         r"cannot read the picture .*cut.png": user(image(str(cut))),
-        r"an image of 0 x 5 pixels is empty": user(image(picture(5, 0))),
+        r"an image of 0 x 5 pixels is empty": user(image(np.zeros((5, 0, 3), np.uint8))),
         r"frames of a video need their rate": user({"type": "video", "video": [picture()]}),
         r"the video has no frames": user({"type": "video", "video": [], "fps": 1.0}),
     }

@@ -8,16 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from x2jax.conditioning import Conditioner
+from x2jax.encoders.qwen2_5_vl import QWEN_TINY, QWEN_TINY_VISION, QwenConfig, VisionConfig
 from x2jax.encoders.t5_clip import T5ClipTokenizer
-from x2jax.sources import TINY
-from x2jax.tiny import base, captioned, draw, vae
+from x2jax.sources import TINY, read_config
+from x2jax.tiny import base, captioned, draw, language, seeing, vae, vision
 
 
 @functools.cache
 def family():
     """(skeleton, frozen weights, weights that `base` trains), float32."""
     return base.open_family(TINY)
+
+
+@functools.cache
+def seeing_family():
+    """(skeleton, weights) of FLUX, AlignNet and the language model with its tower, float32."""
+    skeleton, frozen, trained = seeing.open_model(TINY, fresh=False)
+    return skeleton, seeing.whole(frozen, trained)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +115,59 @@ def test_the_base_draws_what_the_text_says():
         own = [losses[f"{how} {language}"] for language in captioned.LANGUAGES]
         assert max(own) < 0.4, "an untrained model is at 2"
         assert losses[f"{how}, others' captions"] > 1.02 * max(own)
+
+
+def test_flux_draws_what_the_message_shows():
+    """Flow loss of unseen pictures: with the picture itself in the message, and with another."""
+    skeleton, weights = seeing_family()
+    losses = vision.measure(TINY, skeleton, weights, 64)
+    print("held-out flow loss: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+    assert losses["another picture"] > 1.03 * losses["the picture"]
+
+
+def test_transformers_reads_the_language_model_and_sees_the_same():
+    """Every hidden state and the logits, through transformers' own preprocessing and model."""
+    folder = TINY / "qwen"
+    config = read_config(folder)
+    assert QwenConfig.from_transformers(config) == QWEN_TINY
+    assert VisionConfig.from_transformers(config) == QWEN_TINY_VISION
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.convert_tokens_to_ids(list(language.VISION))
+    assert ids == list(range(seeing.FIRST, QWEN_TINY.vocab))
+    images = [Image.fromarray(x) for x in seeing.scenes(5, 2)[1]]
+    seen = Qwen2VLImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt")
+    content = [{"type": "image"}, {"type": "text", "text": "A red star, and"}, {"type": "image"}]
+    turn = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    pad, count = language.VISION[2], seeing.ROWS**2
+    assert turn.count(pad) == 2
+    given = tokenizer(turn.replace(pad, count * pad), return_tensors="pt")
+    shows = given["input_ids"] == QWEN_TINY_VISION.image_token
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(**given, **seen, mm_token_type_ids=shows.int(), output_hidden_states=True)
+
+    for item, image in zip((content[0], content[2]), images, strict=True):
+        item["image"] = image
+    length, edge = shows.shape[1], captioned.EDGE
+    conditioner = Conditioner(folder, QWEN_TINY_VISION, length=length, images=2, edge=edge)
+    inputs = conditioner([[{"role": "user", "content": content}]])
+    np.testing.assert_array_equal(inputs.ids_BT, given["input_ids"].numpy())
+    skeleton, weights = seeing_family()
+
+    @jax.jit
+    def ours(weights, x):
+        mllm = skeleton.merge(weights).mllm
+        more = dict(positions_BT3=x.positions_BT3, vision=x.vision)
+        states = mllm.hidden_states(x.ids_BT, x.mask_BT, **more)
+        return states, mllm.logits(states[-1])
+
+    states, logits = ours(weights, inputs)
+    np.testing.assert_allclose(states, torch.stack(theirs.hidden_states), atol=2e-3)
+    np.testing.assert_allclose(logits, theirs.logits, atol=2e-3)
+    blind = inputs._replace(vision=jax.tree.map(np.zeros_like, inputs.vision))
+    assert np.abs(ours(weights, blind)[1] - logits).max() > 0.1, "the pictures matter"
 
 
 def test_the_weights_are_small_enough_to_ship():

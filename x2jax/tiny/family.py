@@ -3,7 +3,7 @@
 flux                  diffusers: FluxPipeline.from_pretrained reads the folder
   transformer, vae
   text_encoder(_2)    transformers: CLIP and T5; their tokenizers beside, tokenizer(_2)
-qwen                  transformers, with the tokenizer
+qwen                  transformers, with the tokenizer and the vision tower
 alignnet              raw state dict
 """
 
@@ -20,7 +20,8 @@ from converters.t5 import t5_table
 from converters.vae_diffusers import vae_table
 from x2jax.alignnet import AlignNetConfig
 from x2jax.encoders.clip import CLIP_TINY
-from x2jax.encoders.qwen2_5_vl import QWEN_TINY
+from x2jax.encoders.qwen2_5_vl import QWEN_TINY, VisionConfig
+from x2jax.encoders.qwen2_5_vl.preprocess import IMAGE_PIXELS, MEAN, STD
 from x2jax.encoders.t5 import T5_TINY
 from x2jax.encoders.vae import VAEConfig
 from x2jax.flux import FLUX_TINY
@@ -93,12 +94,32 @@ def write_vae(params: Params, cfg: VAEConfig, root: Path, dtype: Any) -> None:
     save(params, vae_table(cfg), folder / WEIGHTS, dtype=dtype)
 
 
-def write_qwen(params: Params, root: Path, dtype: Any) -> None:
+def write_qwen(params: Params, root: Path, dtype: Any, vision: VisionConfig | None = None) -> None:
     """Paths relative to `mllm/`; the tokenizer is saved beside by `x2jax.tiny.language`."""
     folder = root / "qwen"
-    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
-    _config(folder, {"model_type": "qwen2_5_vl", **QWEN_TINY.to_transformers(), **ids})
-    save(params, qwen_table(QWEN_TINY), folder / "model.safetensors", dtype=dtype)
+    config = {"model_type": "qwen2_5_vl", **QWEN_TINY.to_transformers()}
+    config |= {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    if vision is not None:
+        # Start, end, image and video are the last of the vocabulary (`language.VISION`).
+        first = vision.image_token - 2
+        config |= {"vision_start_token_id": first, "vision_end_token_id": first + 1}
+        config |= vision.to_transformers()
+        processor = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "patch_size": vision.patch,
+            "temporal_patch_size": vision.temporal_patch,
+            "merge_size": vision.merge,
+            "min_pixels": IMAGE_PIXELS[0],
+            "max_pixels": IMAGE_PIXELS[1],
+            "image_mean": [float(str(x)) for x in MEAN],
+            "image_std": [float(str(x)) for x in STD],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        _json(folder / "preprocessor_config.json", processor)
+    _config(folder, config)
+    table = qwen_table(QWEN_TINY, vision=vision)
+    save(params, table, folder / "model.safetensors", dtype=dtype)
 
 
 def write_alignnet(params: Params, root: Path, dtype: Any) -> None:

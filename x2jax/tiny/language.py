@@ -20,10 +20,17 @@ from x2jax.tiny import captions, edits, family, world
 from x2jax.trees import Skeleton, state_params
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+"""The last ids of the vocabulary; `QWEN_TINY_VISION` names the last two."""
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] in ('image', 'video') %}"
+    "{{ '<|vision_start|><|' + c['type'] + '_pad|><|vision_end|>' }}"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+"""As Qwen2.5-VL's, without its system turn: content is a text, or a list of texts and media."""
 LENGTH = 64
 
 
@@ -57,12 +64,13 @@ def make_tokenizer(texts: list[str], out: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=QWEN_TINY.vocab,
+        vocab_size=QWEN_TINY.vocab - len(VISION),
         special_tokens=[AddedToken(s, special=True) for s in SPECIAL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(s, special=True) for s in VISION])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=SPECIAL[2],

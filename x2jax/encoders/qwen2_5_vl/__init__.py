@@ -13,6 +13,7 @@ from x2jax.encoders.qwen2_5_vl.vision import VisionInputs, VisionTower
 from x2jax.encoders.qwen2_5_vl.vision_config import (
     QWEN2_5_VL_3B_VISION,
     QWEN2_5_VL_7B_VISION,
+    QWEN_TINY_VISION,
     VisionConfig,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "QWEN2_5_VL_7B",
     "QWEN2_5_VL_7B_VISION",
     "QWEN_TINY",
+    "QWEN_TINY_VISION",
     "Media",
     "Qwen2_5_VL",
     "QwenConfig",

@@ -136,3 +136,6 @@ class VisionConfig:
 
 QWEN2_5_VL_7B_VISION = VisionConfig(32, 1280, 16, 3420, 3584, (7, 15, 23, 31))
 QWEN2_5_VL_3B_VISION = VisionConfig(32, 1280, 16, 3420, 2048, (7, 15, 23, 31))
+QWEN_TINY_VISION = VisionConfig(
+    4, 64, 4, 192, 128, (1, 2, 3), patch=8, window=32, image_token=1026, video_token=1027
+)
