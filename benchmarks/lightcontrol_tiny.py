@@ -68,6 +68,8 @@ class Arena:
         self.by_path = sharding.param_shardings(self.recipe.skeleton.abstract, mesh)
         self.frozen = self.recipe.load_frozen(self.by_path)
         self.tx = optim.build(steps=steps, **self.config.optimizer)
+        # One program: seeds differ in where they start and in their batches.
+        self.step = jax.jit(make_step(self.recipe.loss, self.tx, seed=0, ema_decay=0.0))
         self.batch, self.keep = held_out(60, self.recipe.tokenizer())
         self.sample = jax.jit(self.recipe.edit, static_argnames=("steps", "shift"))
 
@@ -76,13 +78,12 @@ class Arena:
 
     def train(self, seed: int, see) -> dict:
         """Parameters after all steps; `see` changes what the nets are shown."""
-        step = jax.jit(make_step(self.recipe.loss, self.tx, seed=seed, ema_decay=0.0))
         state = self.start(seed)
         # Seeds draw other batches: each begins where the one before it ended.
         stream = self.recipe.data.iterate(seed * self.config.steps)
         for _ in range(self.config.steps):
             batch = jax.tree.map(lambda x: jnp.asarray(x)[None], see(next(stream)))
-            state, _ = step(state, self.frozen, batch)
+            state, _ = self.step(state, self.frozen, batch)
         return state.params
 
     def errors(self, params: dict, see) -> tuple[float, float]:
