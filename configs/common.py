@@ -54,8 +54,9 @@ def defaults(recipe: str, **optimizer: Any) -> ConfigDict:
             tokens=2048,
         )
     )
-    # `pictures`: the MLLM reads an instruction together with the sample's sources, as in X2I.
-    c.text = ConfigDict(dict(length=512, template="raw", language="mixed", pictures=False))
+    c.text = ConfigDict(dict(length=512, template="raw", language="mixed"))
+    # Whether the MLLM reads an instruction together with the sample's sources, `edge` px a side.
+    c.text.update(pictures=False, edge=128)
     c.image = ConfigDict(dict(buckets="512", slots=2))
     c.sampler = ConfigDict(dict(alpha=0.0))
     c.workers = 8
@@ -90,4 +91,5 @@ def tiny(c: ConfigDict) -> None:
     c.batch_size = 16
     c.objective.update(source_offset=16, tokens=64 * c.image.slots)
     c.image.buckets = "tiny"
+    c.text.edge = 64
     c.workers = 0

@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         adamw=dict(weight_decay=1e-2),
     )
     c.trainable = (r"control/.*",)
+    c.text.pictures = True
     c.control = ConfigDict(
         dict(
             stem=(64, 64, 128),
@@ -40,6 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.accumulate = 8
     else:
         common.tiny(c)
+        c.text.length = 96  # of which the source takes some
         c.control.update(stem=(16, 16, 32), widths=(32,), groups=(4,), time_width=64)
     c.objective.tokens //= 2  # of its two images the target alone becomes tokens
     return c.lock()

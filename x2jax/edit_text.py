@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from x2jax.conditioning import Conditioner, MessageInputs
+from x2jax.conditioning import EDGE, Conditioner, MessageInputs
 from x2jax.encoders.qwen2_5_vl import VisionConfig
 from x2jax.encoders.tokenize import prompt
 
@@ -14,12 +14,19 @@ from x2jax.encoders.tokenize import prompt
 class PictureTokenizer:
     """Callable: instructions and the images of their samples -> `MessageInputs`.
 
-    A sample is one turn of the user: its sources, 128 px a side (spec x2i.md section 3), then the
-    instruction, cut at its end where it does not fit.
+    A sample is one turn of the user: its sources, then the instruction, cut at its end where it
+    does not fit.
     """
 
     def __init__(
-        self, folder: str | Path, vision: VisionConfig, length: int, template: str, sources: int
+        self,
+        folder: str | Path,
+        vision: VisionConfig,
+        *,
+        length: int,
+        template: str,
+        sources: int,
+        edge: int = EDGE,
     ):
         """Opens the tokenizer of a transformers folder.
 
@@ -27,13 +34,16 @@ class PictureTokenizer:
           length: budget of tokens, those of the sources included.
           template: one of `x2jax.encoders.tokenize.TEMPLATES`.
           sources: most sources of a sample.
+          edge: pixels a side at which they are seen; 128 as in X2I (spec x2i.md section 3).
 
         Raises:
           ValueError: an unknown template, or as `Conditioner`.
         """
         prompt("", template)
         self.template = template
-        self._conditioner = Conditioner(folder, vision, length=length, images=sources, cut=True)
+        self._conditioner = Conditioner(
+            folder, vision, length=length, images=sources, edge=edge, cut=True
+        )
 
     @property
     def record(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from x2jax import flow, losses
 from x2jax.alignnet import Condition
-from x2jax.conditioning import EDGE, message_shapes
+from x2jax.conditioning import message_shapes
 from x2jax.data import transforms
 from x2jax.data.batch import Batch, Moments
 from x2jax.data.edits import BUCKETS, EditData
@@ -134,12 +134,13 @@ class FlowMatching(Recipe):
         Raises:
           ValueError: samples without sources.
         """
-        if config.text.pictures and config.image.slots < 2:
+        pictures = config.text.get("pictures", False)  # runs of before may lack it
+        if pictures and config.image.slots < 2:
             raise ValueError(
                 "--config.text.pictures shows the MLLM a sample's sources, and with "
                 f"image.slots={config.image.slots} there are none"
             )
-        return config.text.pictures
+        return pictures
 
     def tokenizer(self) -> Any:
         """Instructions to what `Model.condition` takes; `x2jax.edit_text.read` calls it."""
@@ -148,9 +149,10 @@ class FlowMatching(Recipe):
             return PictureTokenizer(
                 self.found["mllm"].path,
                 self.configs["mllm"].vision,
-                text.length,
-                text.template,
-                self.config.image.slots - 1,
+                length=text.length,
+                template=text.template,
+                sources=self.config.image.slots - 1,
+                edge=text.edge,
             )
         return TextTokenizer(self.found["mllm"].path, text.length, text.template)
 
@@ -161,7 +163,7 @@ class FlowMatching(Recipe):
                 batch,
                 length=self.config.text.length,
                 images=self.config.image.slots - 1,
-                edge=EDGE,
+                edge=self.config.text.edge,
                 vision=self.configs["mllm"].vision,
             )
         shape = (batch, self.config.text.length)
@@ -343,7 +345,7 @@ class AnyText(FlowMatching):
             raise ValueError(
                 f"unknown text.encoders {encoders!r}: use one of {', '.join(ENCODERS)}"
             )
-        if config.text.pictures and encoders != "mllm":
+        if config.text.get("pictures", False) and encoders != "mllm":
             raise ValueError(
                 f"--config.text.pictures needs text.encoders=mllm: {encoders} cannot see"
             )
