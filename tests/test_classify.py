@@ -16,6 +16,7 @@ from x2jax.encoders.choose import tree
 from x2jax.encoders.qwen2_5_vl import QWEN_TINY, QwenConfig
 from x2jax.encoders.qwen3 import Qwen3Config
 from x2jax.sources import TINY
+from x2jax.tiny import edits
 
 INSTRUCTIONS = ["make the sky pink", "把左边的圆删除", "turn it into a pencil drawing, please"]
 LENGTH = 64
@@ -92,6 +93,15 @@ def test_the_command_classifies_with_the_tiny_family(capsys):
     out = capsys.readouterr().out
     assert out.count("confidence 0.") + out.count("confidence 1.") == 2
     assert all(text in out for text in INSTRUCTIONS[:2])
+
+
+def test_the_tiny_family_names_the_tasks_of_instructions_that_it_has_not_read():
+    tasks = [1 + k % 15 for k in range(30)]
+    samples = [edits.edit(77, k, task) for k, task in enumerate(tasks)]
+    ask = classify.Classifier("tiny", length=LENGTH, batch=30, dtype="float32")
+    for texts in ([s.instruction_en for s in samples], [s.instruction_zh for s in samples]):
+        right = [answer.task == task for answer, task in zip(ask(texts), tasks, strict=True)]
+        assert np.mean(right) > 0.5, "chance is 1 in 15"
 
 
 def test_wrong_requests_say_what_to_do(tmp_path, capsys):

@@ -75,7 +75,7 @@ class Classified(NamedTuple):
     probabilities: dict[str, float]
 
 
-class _Questions(TextTokenizer):
+class Questions(TextTokenizer):
     """Instructions in a user turn of their own wording; thinking, where a model can, is off."""
 
     def __init__(self, folder, length: int, wording: str):
@@ -136,7 +136,7 @@ class Classifier:
             raise ValueError(f"unknown wording {wording!r}: use one of {', '.join(TEMPLATES)}")
         mesh = sharding.make_mesh({"fsdp": -1})
         skeleton, self._params, folder = load_decoder(mllm, dtype=dtype, mesh=mesh)
-        self._questions, self._batch = _Questions(folder, length, wording), batch
+        self._questions, self._batch = Questions(folder, length, wording), batch
         names = tree(self._questions.answers(NAMES))
 
         @jax.jit

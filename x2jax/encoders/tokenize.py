@@ -125,9 +125,10 @@ class TextTokenizer:
 
     def __call__(self, instructions: list[str]) -> TextInputs:
         """Token ids int32 and the mask of real tokens."""
-        return left_padded([self._fit(t) for t in instructions], self.length, self.pad_id)
+        return left_padded([self.tokens(t) for t in instructions], self.length, self.pad_id)
 
-    def _fit(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of one instruction, without padding."""
         tokens = self._encode(text)
         if len(tokens) <= self.length:
             return tokens

@@ -110,5 +110,5 @@ class QwenConfig:
 
 QWEN2_5_VL_7B = QwenConfig(28, 3584, 28, 4, 18944, 152064, False, (16, 24, 24))
 QWEN2_5_VL_3B = QwenConfig(36, 2048, 16, 2, 11008, 151936, True, (16, 24, 24))
-QWEN_TINY = QwenConfig(4, 128, 4, 2, 256, 1028, True, (4, 6, 6), pad_attention="self")
+QWEN_TINY = QwenConfig(4, 128, 4, 2, 256, 1028, False, (4, 6, 6), pad_attention="self")
 """Of the family that ships, whose AlignNet was trained with pads that see themselves."""
