@@ -1,6 +1,13 @@
 """Features made before training: what they hold, when they are refused, that nothing changes."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -226,3 +233,69 @@ def test_a_1024_px_sample_is_as_large_as_the_guide_says(tmp_path):
     writer.close()
     size = (tmp_path / "00000.array_record").stat().st_size
     assert 2.2e6 < size < 2.8e6, size
+
+
+COMMAND = (
+    "--config configs/x2edit.py --config.data=tiny:96 --config.batch_size=4 --config.held_out=4 "
+    "--config.image.buckets=tiny-mixed --config.trainable=('adapter/.*',)"
+)
+TRAIN = (
+    "--config.steps=6 --config.log_every=1 --config.sample_every=1000 --config.preview.steps=1 "
+    "--config.text.language=mixed --config.checkpoint_every=100"
+)
+
+
+def start(module, workdir, log, *arguments):
+    # One cache for all of them: what is tested is not how long a program takes to compile.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(log.with_name("cache"))}
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | cache
+    command = [sys.executable, "-m", module, *COMMAND.split(), "--workdir", str(workdir)]
+    with log.open("ab") as f:
+        return subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=f, stderr=subprocess.STDOUT
+        )
+
+
+def losses(workdir):
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in x.items() if k != "samples_per_second"} for x in lines]
+    return [x for x in lines if "loss" in x], [x for x in lines if "held_out_flow" in x]
+
+
+@pytest.mark.slow
+def test_a_killed_precompute_goes_on_and_training_reads_what_it_made(tmp_path):
+    """The same bytes after SIGKILL; then the same trajectory with features and without."""
+    log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
+    arguments = ("--config.text.language=mixed", "--shard=16")
+    assert start("x2jax.precompute", whole, log, *arguments).wait() == 0, log.read_text()
+    expected = files(whole / "features")
+    seed = random.randrange(1 << 32)
+    print(f"seed of the kills: {seed}")
+    rng, kills = random.Random(seed), 0
+    for done in (1, 4):
+        process = start("x2jax.precompute", killed, log, *arguments)
+        while len(list((killed / "features").glob("0*.array_record"))) < done:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills, "no kill hit a running process"
+    assert start("x2jax.precompute", killed, log, *arguments).wait() == 0, log.read_text()
+    found = files(killed / "features")
+    assert {k: v for k, v in found.items() if not k.endswith(".part")} == expected
+
+    for features in ("", "none"):
+        folder = tmp_path / f"train-{features}"
+        where = features or str(killed / "features")
+        done = start("x2jax.train", folder, log, *TRAIN.split(), f"--config.features={where}")
+        assert done.wait() == 0, log.read_text()
+    (ours, held), (theirs, held_online) = (losses(tmp_path / f"train-{f}") for f in ("", "none"))
+    assert [x["sample_id"] for x in ours] == [x["sample_id"] for x in theirs]
+    assert [x["step"] for x in ours] == list(range(1, 7))
+    for x, y in zip([*ours, *held], [*theirs, *held_online], strict=True):
+        for name in x.keys() - {"step", "sample_id"}:
+            assert x[name] == pytest.approx(y[name], rel=1e-5, abs=1e-6), (name, x["step"])
+    assert not list(Path(tmp_path / "train-" / "samples").glob("*")), "no decoder, no grids"
