@@ -32,7 +32,11 @@ def open_qwen(folder: Path):
     }  # fmt: skip
     model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**config))
     text = getattr(model.model, "language_model", model.model)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {  # the text alone: an edit shows Qwen no picture
+        n: x
+        for n, x in load_file(folder / "model.safetensors").items()
+        if ".visual." not in n and not n.startswith(("visual.", "lm_head."))
+    }
     heads = ("model.language_model.", "model.")
     named = {
         n.removeprefix(next(h for h in heads if n.startswith(h))): x for n, x in tensors.items()

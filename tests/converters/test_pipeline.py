@@ -1,5 +1,6 @@
 """The bundle for diffusers users: the same edit as x2jax, strict, beside ordinary LoRAs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from configs.x2edit import get_config
 from converters import __main__ as cli
@@ -29,7 +30,7 @@ from x2jax.data.batch import Batch
 from x2jax.encoders.tokenize import TextTokenizer
 from x2jax.flux import FLUX_TINY
 from x2jax.flux.latents import SOURCE, TARGET
-from x2jax.model import Model
+from x2jax.model import Model, make_skeleton
 from x2jax.recipes import recipe_class
 from x2jax.sources import TINY
 from x2jax.state import TrainState
@@ -79,14 +80,7 @@ def bundle(tmp_path_factory, params):
 
 @pytest.fixture(scope="module")
 def qwen():
-    own = Qwen2_5_VLConfig.from_pretrained(TINY / "qwen")
-    # The embedded family has no vision tower; transformers would make one of full size.
-    own.vision_config = type(own.vision_config)(
-        depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=16
-    )
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        TINY / "qwen", config=own, dtype=torch.float32
-    )
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY / "qwen", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "qwen")
     return {"mllm": model.eval(), "mllm_tokenizer": tokenizer}
 
@@ -200,6 +194,33 @@ def test_the_edit_is_that_of_x2jax(pipe, ours):
     # What the edit depends on: a difference that the comparison would not miss.
     for other in ({"task": "unknown"}, {"prompt": "x"}, {"guidance_scale": 1.0}):
         assert np.abs(edit(pipe, ours, **other)[0] - ours.steps).max() > 0.01, other
+
+
+def test_pads_see_what_they_saw_where_alignnets_were_trained(pipe, recipe, params, monkeypatch):
+    text = dataclasses.replace(recipe.configs["mllm"].text, pad_attention="all")
+    mllm = dataclasses.replace(recipe.configs["mllm"], text=text)
+    configs = {"mllm": mllm, "alignnet": recipe.configs["alignnet"]}
+    skeleton = make_skeleton(configs, recipe.precision)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    weights = recipe.load_frozen(dict.fromkeys(recipe.skeleton.paths, here)) | params
+    own = {p: weights[p] for p in skeleton.paths}
+    expected = jax.jit(lambda p, x: skeleton.merge(p).condition(x))(
+        own, TextTokenizer(TINY / "qwen", 80, "published")([PROMPT])
+    )
+    module = module_of(pipe)
+    tokens = module.tokenize(pipe.mllm_tokenizer, PROMPT, **pipe.settings["text"])
+
+    def gap():
+        with torch.no_grad():
+            found = module.condition(pipe.mllm, pipe.alignnet, *tokens)
+        return max(
+            np.abs(a.numpy() - b).max() / np.abs(b).max()
+            for a, b in zip(found, expected, strict=True)
+        )
+
+    assert gap() > 1e-2, "the tiny family's pads see themselves alone"
+    monkeypatch.setattr(pipe.mllm.config, "pad_attention", "all")
+    assert gap() < 1e-4
 
 
 def test_every_part_of_the_adapter_matters(pipe, ours):
