@@ -8,7 +8,7 @@ and gradient with respect to AlignNet's outputs. Three programs:
 
   plain      the student alone: a loss on its velocity, no teacher and no distillation term
   stored     the teacher's tensors of every block are kept for the backward pass (1.61 GB a sample)
-  lockstep   the teacher is kept at every `--segment`-th block and computed again
+  lockstep   both are kept at every `--segment`-th block alone, and computed again
 
 "Extra" is a program's temporary memory beyond that of `plain`: all that the teacher and the terms
 cost. Needs libtpu (pip install 'x2jax[tpu]') and no TPU; a program takes minutes to compile.

@@ -155,7 +155,7 @@ class Flux(nnx.Module):
           teacher, student: text features and pooled vector of either.
           probe: called with the taps of the teacher and of the student.
           remat: "none" or a key of `REMAT_POLICIES`.
-          segment: with remat, the teacher is kept at every so many blocks only and computed again
+          segment: with remat, both lanes are kept at every so many blocks only and computed again
             in the backward pass; 0 keeps what the probe saw of it in every block (`scan_blocks`).
 
         Raises:

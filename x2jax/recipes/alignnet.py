@@ -47,7 +47,7 @@ class Objective:
       temperature: of the feature distributions.
       direction: one of `distill.DIRECTIONS`.
       text_weight: what a text token counts in the loss, an image token counting 1.
-      segment: blocks between two kept states of the teacher; 0 keeps its tensors
+      segment: blocks between two kept states of both; 0 keeps the teacher's tensors
         (`x2jax.flux.scan.scan_blocks`).
     """
 
