@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,8 +126,28 @@ def condition(model: Model, texts: Texts, how: str) -> Condition:
     return jax.tree.map(lambda *x: jnp.concatenate(x), first, rest)
 
 
+class Noised(NamedTuple):
+    """Pictures on their way to noise: what FLUX is given, and the velocity that it shall find."""
+
+    stream: ImageStream
+    target: Any
+    sigma: Any
+    guidance: Any
+
+
+def noised(model: Model, moments: Any, logvar: Any, key: Any, mean: float) -> Noised:
+    """At logit-normal timesteps of some mean, with random guidance so that it says nothing."""
+    latent_key, u_key, noise_key, guidance_key = jax.random.split(key, 4)
+    z = model.vae.normalise(model.vae.sample(moments, logvar, latent_key))
+    x0 = patchify(z).reshape(len(z), -1, 64)
+    noise = jax.random.normal(noise_key, x0.shape)
+    sigma = flow.sigma_from_u(flow.sample_u(u_key, (len(z),), "logit_normal", mean=mean))
+    guidance = jax.random.uniform(guidance_key, sigma.shape, minval=1.0, maxval=5.0)
+    return Noised(stream_of(flow.noised(x0, noise, sigma)), noise - x0, sigma, guidance)
+
+
 def make_loss(skeleton: Skeleton, how: str, mean: float = 0.0):
-    """Flow loss of text to image, with random guidance so that its embedder says nothing.
+    """Flow loss of text to image.
 
     Args:
       mean: of the logit-normal u; below 0 more noise than signal, where only the text says what
@@ -136,17 +156,10 @@ def make_loss(skeleton: Skeleton, how: str, mean: float = 0.0):
 
     def loss(params, frozen, batch: Examples, key):
         model: Model = skeleton.merge(params, frozen)
-        latent_key, u_key, noise_key, guidance_key = jax.random.split(key, 4)
-        z = model.vae.normalise(model.vae.sample(batch.mean, batch.logvar, latent_key))
-        x0 = patchify(z).reshape(len(z), -1, 64)
-        noise = jax.random.normal(noise_key, x0.shape)
-        u = flow.sample_u(u_key, (len(z),), "logit_normal", mean=mean)
-        sigma = flow.sigma_from_u(u)
+        x = noised(model, batch.mean, batch.logvar, key, mean)
         txt, pooled = condition(model, batch.texts, how)
-        guidance = jax.random.uniform(guidance_key, sigma.shape, minval=1.0, maxval=5.0)
-        stream = stream_of(flow.noised(x0, noise, sigma))
-        velocity = model.flux(stream, txt, pooled, sigma, guidance).velocity_BIC
-        return jnp.square(velocity - (noise - x0)).mean()
+        velocity = model.flux(x.stream, txt, pooled, x.sigma, x.guidance).velocity_BIC
+        return jnp.square(velocity - x.target).mean()
 
     return loss
 

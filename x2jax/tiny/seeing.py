@@ -14,13 +14,11 @@ from flax import nnx
 
 from converters.load import load
 from converters.qwen2_5_vl import qwen_table
-from x2jax import flow
 from x2jax.alignnet import Condition
 from x2jax.children import MLLMConfig, Precision, configs_of, find_sources, load_child
 from x2jax.conditioning import Conditioner, MessageInputs
 from x2jax.encoders.qwen2_5_vl import QWEN_TINY, QWEN_TINY_VISION, VisionTower
 from x2jax.encoders.tokenize import TextInputs
-from x2jax.flux.latents import patchify
 from x2jax.model import Model, make_skeleton
 from x2jax.sharding import make_mesh, param_shardings
 from x2jax.tiny import base, captioned, world
@@ -143,19 +141,14 @@ def flow_loss(skeleton: Skeleton, mean: float = 0.0, teach: float = 0.0):
     def loss(params, batch, key):
         model: Model = skeleton.merge(params)
         moments, logvar, text = batch[:3]
-        latent_key, u_key, noise_key, guidance_key = jax.random.split(key, 4)
-        z = model.vae.normalise(model.vae.sample(moments, logvar, latent_key))
-        x0 = patchify(z).reshape(len(z), -1, 64)
-        noise = jax.random.normal(noise_key, x0.shape)
-        sigma = flow.sigma_from_u(flow.sample_u(u_key, (len(z),), "logit_normal", mean=mean))
-        guidance = jax.random.uniform(guidance_key, sigma.shape, minval=1.0, maxval=5.0)
-        stream = base.stream_of(flow.noised(x0, noise, sigma))
+        x = base.noised(model, moments, logvar, key, mean)
 
         def velocity(text):
-            return model.flux(stream, *condition(model, text), sigma, guidance).velocity_BIC
+            txt, pooled = condition(model, text)
+            return model.flux(x.stream, txt, pooled, x.sigma, x.guidance).velocity_BIC
 
         found = velocity(text)
-        total = jnp.square(found - (noise - x0)).mean()
+        total = jnp.square(found - x.target).mean()
         if teach:
             told = jax.lax.stop_gradient(velocity(batch[3]))
             total += teach * jnp.square(found - told).mean()
