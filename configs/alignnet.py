@@ -18,13 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config of an MLLM: "" or "tiny", "7b", "3b"."""
     if arg not in ("", "tiny", "7b", "3b"):
         raise ValueError(f"unknown MLLM {arg!r}: use configs/alignnet.py, :7b or :3b")
-    c = common.run(
-        "alignnet",
-        learning_rate=1e-4,
-        schedule="cosine",
-        warmup=100,
-        adamw=dict(weight_decay=1e-2),
-    )
+    c = common.run("alignnet", learning_rate=1e-4, **common.X2I)
     # `data` is globs of captions, with commas between.
     c.released = "qwen2.5-vl-7b"  # whose AlignNet (x2jax/alignnet.py); "": one that fits the MLLM
     c.captions = ConfigDict(dict(key="caption"))  # JSON key, tar suffix or parquet column

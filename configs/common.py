@@ -6,6 +6,9 @@ from ml_collections import ConfigDict
 
 from x2jax import optim
 
+X2I = dict(schedule="cosine", warmup=100, adamw=dict(weight_decay=1e-2))
+"""How X2I trains AlignNet and LightControl, but for the learning rate (spec x2i.md section 2)."""
+
 
 def run(recipe: str, **optimizer: Any) -> ConfigDict:
     """What every recipe has, at full size; `optimizer` changes AdamW's."""

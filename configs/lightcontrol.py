@@ -16,13 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config of a stage: "" or "tiny", "1024"."""
     if arg not in ("", "tiny", "1024"):
         raise ValueError(f"unknown stage {arg!r}: use configs/lightcontrol.py or :1024")
-    c = common.defaults(
-        "lightcontrol",
-        learning_rate=1e-5,
-        schedule="cosine",
-        warmup=100,
-        adamw=dict(weight_decay=1e-2),
-    )
+    c = common.defaults("lightcontrol", learning_rate=1e-5, **common.X2I)
     c.trainable = (r"control/.*",)
     c.text.pictures = True
     c.control = ConfigDict(
