@@ -99,26 +99,24 @@ class DistillProbe(Probe):
 
     def double(self, *taps: DoubleTaps) -> DoubleTerms:
         teacher, student = taps
+        img_BI, txt_BT = self._weights(student.txt_attn_BTD.shape[1])
         return DoubleTerms(
-            self._term(student.img_attn_BID, teacher.img_attn_BID, text=0),
-            self._term(student.txt_attn_BTD, teacher.txt_attn_BTD, text=None),
+            self._term(student.img_attn_BID, teacher.img_attn_BID, img_BI),
+            self._term(student.txt_attn_BTD, teacher.txt_attn_BTD, txt_BT),
         )
 
     def single(self, *taps: SingleTaps) -> Term:
         teacher, student = taps
-        text = student.attn_BLD.shape[1] - self.valid_BI.shape[1]
-        return self._term(student.attn_BLD, teacher.attn_BLD, text=text)
+        img_BI, txt_BT = self._weights(student.attn_BLD.shape[1] - self.valid_BI.shape[1])
+        weight_BL = jnp.concatenate([txt_BT, img_BI], axis=1)
+        return self._term(student.attn_BLD, teacher.attn_BLD, weight_BL)
 
-    def _term(self, student, teacher, *, text: int | None) -> Term:
-        """Of a tensor that begins with `text` tokens of text; None where it has no others."""
-        if text is None:
-            weight_BL = jnp.full(student.shape[:2], self.text_weight)
-        else:
-            weight_BL = jnp.pad(
-                self.valid_BI.astype(jnp.float32),
-                ((0, 0), (text, 0)),
-                constant_values=self.text_weight,
-            )
+    def _weights(self, text: int):
+        """What tokens of the image count, and `text` tokens of text."""
+        img_BI = self.valid_BI.astype(jnp.float32)
+        return img_BI, jnp.full((len(img_BI), text), self.text_weight)
+
+    def _term(self, student, teacher, weight_BL) -> Term:
         kl = lambda s, t: divergence(s, t, weight_BL, self.temperature, self.direction)  # noqa: E731
         dropped_B = ~jnp.isfinite(kl(jax.lax.stop_gradient(student), teacher))
         # Its gradient would not be finite either, were it only masked afterwards.

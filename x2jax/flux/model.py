@@ -156,7 +156,7 @@ class Flux(nnx.Module):
           probe: called with the taps of the teacher and of the student.
           remat: "none" or a key of `REMAT_POLICIES`.
           segment: with remat, both lanes are kept at every so many blocks only and computed again
-            in the backward pass; 0 keeps what the probe saw of it in every block (`scan_blocks`).
+            in the backward pass; 0 keeps the teacher's taps of every block (`scan_blocks`).
 
         Raises:
           ValueError: as `__call__`.
