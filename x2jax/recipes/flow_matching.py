@@ -345,7 +345,7 @@ class AnyText(FlowMatching):
             raise ValueError(
                 f"unknown text.encoders {encoders!r}: use one of {', '.join(ENCODERS)}"
             )
-        if config.text.get("pictures", False) and encoders != "mllm":
+        if cls.sees(config) and encoders != "mllm":
             raise ValueError(
                 f"--config.text.pictures needs text.encoders=mllm: {encoders} cannot see"
             )

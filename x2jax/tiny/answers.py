@@ -23,9 +23,9 @@ from x2jax.encoders.tokenize import TextTokenizer, left_padded
 from x2jax.model import make_skeleton
 from x2jax.sharding import make_mesh, param_shardings
 from x2jax.tiny import edits, family, language
+from x2jax.tiny.language import LENGTH
 from x2jax.trees import child
 
-LENGTH = 64
 ROOM = 16
 """Most tokens of an answer."""
 HEAD = "lm_head/kernel"
