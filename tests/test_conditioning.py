@@ -165,7 +165,7 @@ def test_files_are_read_as_what_they_hold(conditioner, tmp_path):
 
 def test_pictures_and_a_video_from_files_condition(conditioner, model, tmp_path):
     """What the tower sees decides: another file under the same words is another condition."""
-    av = pytest.importorskip("av")
+    av = pytest.importorskip("av", reason="pip install 'x2jax[video]'; make test does")
     for name, frames in (("forth", moving(8)), ("back", moving(8)[::-1])):
         with av.open(str(tmp_path / f"{name}.mkv"), "w") as container:
             stream = container.add_stream("ffv1", rate=4)

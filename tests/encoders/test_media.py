@@ -14,7 +14,7 @@ from x2jax.encoders.media import open_image, read_video, sample_frames
 from x2jax.encoders.qwen2_5_vl import video_patches
 
 FRAMES, RATE = 20, 8
-av = pytest.importorskip("av")
+av = pytest.importorskip("av", reason="pip install 'x2jax[video]'; make test does")
 
 
 @pytest.fixture(scope="module")
